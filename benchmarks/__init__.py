@@ -1,0 +1,1 @@
+"""Benchmarks of fastlm against what else there is; run by ``python benchmarks/run.py``."""

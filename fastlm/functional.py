@@ -1,0 +1,32 @@
+"""The public functions, all of them also at the top of ``fastlm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlm.ops import _explain
+from fastlm.ops._checked import KernelMismatch, checked
+from fastlm.ops._checks import check_choice
+from fastlm.ops._explain import Explanation
+from fastlm.ops.cross_entropy import cross_entropy
+
+OPS = {op.__name__: op for op in (cross_entropy,)}
+
+__all__ = ["Explanation", "KernelMismatch", "checked", "explain", *OPS]
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend would run ``fastlm.<op>(*args, **kwargs)`` and why the others would not.
+
+    Nothing is computed and no memory is allocated.  Print the result, or read ``steps``.
+
+    Args:
+        op: Name of a public op, ``"causal_attention"`` for example.
+        args: What the op would be called with; inputs that require a gradient explain the backward.
+        kwargs: Likewise.
+
+    Raises:
+        ValueError: ``op`` is not one of ours, or the op itself would raise it for these arguments.
+    """
+    check_choice("explain", "op", op, tuple(OPS))
+    return _explain.explain(OPS[op], *args, **kwargs)

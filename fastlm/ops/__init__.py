@@ -1,0 +1,1 @@
+"""One module per public op: its promise, checks, gradient, shapes and registration."""

@@ -1,0 +1,102 @@
+"""Run the reference beside every operator and compare: ``FASTLM_CHECK=1``, ``fastlm.checked()``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastlm.ops._tolerance import compare
+
+_lock = threading.Lock()
+# A count for the whole process: autograd runs backward operators in threads of its own.
+_depth = int(os.environ.get("FASTLM_CHECK", "0") == "1")
+
+
+class KernelMismatch(RuntimeError):
+    """A backend's result is not as close to the definition as plain torch is."""
+
+
+def is_on() -> bool:
+    return _depth > 0
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Compare every fastlm operator called inside, forward and backward, with its definition.
+
+    The reference runs in float64 on the same inputs; a result that breaks the tolerance rule raises
+    :class:`KernelMismatch`.  Compiled code is checked too.  Holds for all threads of the process.
+    Slow, and it waits for the GPU after each operator: for finding a bug, not for training.
+
+    Raises:
+        RuntimeError: An operator is called while a CUDA graph is being captured.
+    """
+    global _depth
+    with _lock:
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+
+
+def run(
+    op: str,
+    step: str,
+    backend: str,
+    implementation: Callable[..., Any],
+    definition: Callable[..., Any],
+    inputs: Sequence[Any],
+) -> Any:
+    """Run ``implementation`` and compare each output with float64 truth.
+
+    The module of ``definition`` gives the yardstick: ``truth_<step>`` is the definition in float64, a
+    slice of rows at a time, and ``plain_<step>`` is what eager torch gives in the output's dtype.
+
+    Raises:
+        KernelMismatch: An output is further from the truth than the rule allows.
+        RuntimeError: A CUDA graph is being captured.
+    """
+    first = next(x for x in inputs if isinstance(x, Tensor))
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op} {step}: checked() cannot compare while a CUDA graph is captured")
+    originals = tree_map_only(Tensor, torch.clone, list(inputs))
+    outputs = implementation(*inputs)
+    module = sys.modules[definition.__module__]
+    truths = as_tuple(getattr(module, f"truth_{step}")(*originals))
+    plains = as_tuple(getattr(module, f"plain_{step}")(*originals))
+    results = zip(as_tuple(outputs), plains, truths, strict=True)
+    for position, (actual, plain, truth) in enumerate(results):
+        mismatch = compare(actual, plain, truth, multiple=_multiple(op, step, inputs))
+        if mismatch is not None:
+            raise KernelMismatch(
+                f"{op} {step} on {backend}, output {position} of shape {tuple(actual.shape)}, "
+                f"{actual.dtype}, is wrong: {mismatch}\n  inputs: {_summary(inputs)}"
+            )
+    return outputs
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+def _multiple(op: str, step: str, inputs: Sequence[Any]) -> float:
+    """m of the rule: 3 for gradients of attention with a head_dim above 128."""
+    first = next(x for x in inputs if isinstance(x, Tensor))
+    return 3.0 if step == "backward" and "attention" in op and first.shape[-1] > 128 else 2.0
+
+
+def _summary(inputs: Sequence[Any]) -> str:
+    return ", ".join(
+        f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+        for x in inputs
+    )

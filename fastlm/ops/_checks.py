@@ -1,0 +1,77 @@
+"""Argument checks shared by the public ops.  Messages read ``op: argument must ..., got ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    """Refuse what is no plain strided tensor: lists, sparse, quantized, nested, distributed."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_quantized:
+        kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{op}: {name} must be a local tensor, got DTensor")
+
+
+def check_dtype(
+    op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES
+) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(_name(dtype) for dtype in allowed)
+        raise TypeError(f"{op}: {name} must be one of {names}, got {_name(tensor.dtype)}")
+
+
+def check_same_dtype(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of {other_name}, {_name(other.dtype)}, "
+            f"got {_name(tensor.dtype)}"
+        )
+
+
+def check_same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {other_name}, {other.device}, "
+            f"got {tensor.device}"
+        )
+
+
+def check_shape(
+    op: str, name: str, tensor: Tensor, shape: Iterable[int | str], why: str = ""
+) -> None:
+    """``shape`` mixes required sizes and names of sizes that may be anything."""
+    shape = tuple(shape)
+    fits = len(shape) == tensor.dim() and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+        because = f" {why}" if why else ""
+        raise ValueError(
+            f"{op}: {name} must have shape {wanted}{because}, got {tuple(tensor.shape)}"
+        )
+
+
+def check_choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_that(op: str, name: str, holds: bool, requirement: str, got: object) -> None:
+    """The general form, for requirements that no other check words."""
+    if not holds:
+        raise ValueError(f"{op}: {name} must {requirement}, got {got}")

@@ -1,0 +1,60 @@
+"""Register an op with PyTorch.  The only file that touches ``torch.library``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fastlm.ops import _checked, _explain
+from fastlm.ops._dispatch import choose
+
+# Library.define, not custom_op: half the cost of an eager call, which decoding pays in every layer.
+_library = torch.library.Library("fastlm", "DEF")
+
+
+def define_op(
+    op: str,
+    step: str,
+    backends: Mapping[str, str],
+    *,
+    fake: Callable[..., Any],
+    mutates: Iterable[str] = (),
+) -> Callable[..., Any]:
+    """Register ``torch.ops.fastlm.<op>_<step>`` and return it.  It has no gradient of its own.
+
+    The annotations of the ``"reference"`` backend give the schema; a string ``backend`` is added
+    last.
+
+    Args:
+        op: Name of the public function.
+        step: ``"forward"``, ``"backward"``, or another function of every backend module.
+        backends: Name of each backend to the module that implements it, preferred first.
+        fake: Same arguments; returns empty outputs of the right shape, dtype and device.
+        mutates: Names of arguments written in place.
+    """
+    definition = getattr(importlib.import_module(backends["reference"]), step)
+    mutates = tuple(mutates)
+    schema = torch.library.infer_schema(definition, mutates_args=mutates)
+    arguments, returns = schema.rsplit(") -> ", 1)
+    name = f"{op}_{step}"
+    _library.define(f"{name}{arguments}, str backend) -> {returns}")
+    registered = getattr(torch.ops.fastlm, name).default
+
+    def run(*args: Any) -> Any:
+        *inputs, wanted = args
+        chosen, implementation = choose(op, step, backends, wanted, inputs)
+        if chosen != "reference" and _checked.is_on():
+            return _checked.run(op, step, chosen, implementation, definition, inputs)
+        return implementation(*inputs)
+
+    def run_fake(*args: Any) -> Any:
+        *inputs, wanted = args
+        _explain.note(op, step, backends, wanted, inputs)
+        return fake(*inputs)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(registered, run_fake, lib=_library)
+    return registered

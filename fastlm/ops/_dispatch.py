@@ -1,0 +1,104 @@
+"""Which implementation of an op runs.  No other file makes this choice.
+
+A backend of an op is a module with one function per step (``forward``, ``backward``) and for each a
+``<step>_refuses`` with the same arguments, which returns a short reason or None.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("triton", "cuda", "torch", "reference", "gluon")
+# These run on a GPU; on CPU tensors they are interpreters, so "auto" leaves them out there.
+_KERNELS = ("triton", "cuda", "gluon")
+_OPTIONAL = ("triton", "fastlm._C")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What :func:`weigh` found: the backend that serves a call, and why the others do not.
+
+    Attributes:
+        backend: Name of the backend, or None when every one asked refuses.
+        refusals: Backend name to reason, in the order they were asked.
+    """
+
+    backend: str | None
+    refusals: dict[str, str]
+
+
+@functools.cache
+def _load(module: str) -> ModuleType | str:
+    """The module, or the reason it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in _OPTIONAL:
+            raise
+        return f"{error.name} is not installed"
+
+
+def _refusal(module_name: str, step: str, args: Sequence[Any]) -> str | None:
+    module = _load(module_name)
+    return module if isinstance(module, str) else getattr(module, f"{step}_refuses")(*args)
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    return next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+
+
+def weigh(
+    op: str, step: str, backends: Mapping[str, str], wanted: str, args: Sequence[Any]
+) -> Choice:
+    """Ask the backends of ``op`` in order, or only the one called ``wanted``.
+
+    Raises:
+        ValueError: ``wanted`` is no backend's name.
+    """
+    if wanted not in ("auto", *BACKENDS):
+        raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {wanted!r}")
+    if wanted != "auto" and wanted not in backends:
+        return Choice(None, {wanted: f"{op} has no {wanted} backend, only {', '.join(backends)}"})
+    refusals: dict[str, str] = {}
+    for name in backends if wanted == "auto" else [wanted]:
+        if wanted == "auto" and name in _KERNELS and _device_type(args) != "cuda":
+            refusals[name] = f"tensors are on {_device_type(args)}; auto runs kernels on CUDA only"
+            continue
+        reason = _refusal(backends[name], step, args)
+        if reason is None:
+            return Choice(name, refusals)
+        refusals[name] = reason
+    return Choice(None, refusals)
+
+
+def choose(
+    op: str, step: str, backends: Mapping[str, str], wanted: str, args: Sequence[Any]
+) -> tuple[str, Callable[..., Any]]:
+    """Return the name of the first backend that takes ``args``, and its ``step``.
+
+    On a GPU, landing below the first choice warns once with the reasons.
+
+    Raises:
+        ValueError: ``wanted`` is no backend's name.
+        NotImplementedError: Every backend asked refuses; the message gives each reason.
+    """
+    choice = weigh(op, step, backends, wanted, args)
+    reasons = "\n".join(f"  {name} refused: {why}" for name, why in choice.refusals.items())
+    if choice.backend is None:
+        raise NotImplementedError(f"{op} {step}: no backend takes this call\n{reasons}")
+    if reasons and _device_type(args) == "cuda":
+        _warn_once(f"{op} {step} runs on {choice.backend}:\n{reasons}")
+    return choice.backend, getattr(_load(backends[choice.backend]), step)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

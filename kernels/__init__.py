@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers.  Imports torch, triton and itself, nothing of ``fastlm``."""

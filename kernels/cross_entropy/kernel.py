@@ -1,0 +1,102 @@
+"""Cross-entropy kernels.
+
+    lse  = log sum_v exp(logits[v])              forward: one program per row, one read
+    loss = lse - logits[target]
+    dlogits[v] = (exp(logits[v] - lse) - [v == target]) dloss
+                                                 backward: one program per block of a row
+
+Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3, with one running maximum
+and sum per lane, combined after the last block.
+
+Row r of the logits is at (r // inner) * stride_outer + (r % inner) * stride_inner, so that a shifted
+view like logits[:, :-1] is read in place.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def forward_kernel(
+    logits_ptr,  # (outer, inner, vocab_size)
+    targets_ptr,  # (outer * inner,) int64
+    losses_ptr,  # (outer * inner,) ACC
+    lse_ptr,  # (outer * inner,) ACC
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_vocab,
+    vocab_size,
+    ignore_index,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    # int64: a vocabulary of 128,256 passes 2**31 elements at row 16,744
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
+
+    lanes = tl.arange(0, BLOCK_V).to(tl.int64)
+    running_max = tl.full((BLOCK_V,), float("-inf"), ACC)
+    running_sum = tl.zeros((BLOCK_V,), ACC)
+    has_nan = tl.zeros((BLOCK_V,), tl.int32)
+    for start in range(0, vocab_size, BLOCK_V):
+        cols = start + lanes
+        x = tl.load(
+            logits_ptr + cols * stride_vocab, mask=cols < vocab_size, other=float("-inf")
+        ).to(ACC)
+        new_max = tl.maximum(running_max, x)
+        # exp(-inf - -inf) is NaN; a lane that has seen only -inf keeps a sum of zero
+        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+        running_sum = running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)
+        running_max = new_max
+        # hardware max drops NaN
+        has_nan = has_nan | (x != x).to(tl.int32)
+    row_max = tl.max(running_max, 0)
+    pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
+    total = tl.sum(running_sum * tl.exp(running_max - pivot), 0)
+    lse = pivot + tl.log(total)
+    lse = tl.where(tl.max(has_nan, 0) > 0, float("nan"), lse)
+    tl.store(lse_ptr + row, lse)
+
+    target = tl.load(targets_ptr + row)
+    ignored = target == ignore_index
+    valid = (target >= 0) & (target < vocab_size) & (target != ignore_index)
+    target_logit = tl.load(logits_ptr + target * stride_vocab, mask=valid, other=float("nan"))
+    loss = tl.where(ignored, 0.0, lse - target_logit.to(ACC))
+    tl.store(losses_ptr + row, loss)
+
+
+@triton.jit
+def backward_kernel(
+    dlosses_ptr,  # (outer * inner,)
+    logits_ptr,  # (outer, inner, vocab_size)
+    targets_ptr,  # (outer * inner,) int64
+    lse_ptr,  # (outer * inner,) ACC
+    dlogits_ptr,  # (outer * inner, vocab_size), dtype of logits
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_vocab,
+    vocab_size,
+    ignore_index,
+    blocks_per_row,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    # one grid dimension: y and z end at 65,535
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks_per_row
+    cols = (program % blocks_per_row) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_row = cols < vocab_size
+    logits_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
+
+    target = tl.load(targets_ptr + row)
+    ignored = target == ignore_index
+    valid = (target >= 0) & (target < vocab_size)
+    lse = tl.load(lse_ptr + row)
+    dloss = tl.load(dlosses_ptr + row).to(ACC)
+    x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row, other=float("-inf")).to(ACC)
+    # (p - 1) before dloss: the other order loses p when the target is nearly certain
+    dx = (tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)) * dloss
+    dx = tl.where(ignored, 0.0, tl.where(valid, dx, float("nan")))
+    tl.store(dlogits_ptr + row * vocab_size + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)
