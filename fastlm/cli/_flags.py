@@ -1,22 +1,22 @@
-"""Flags from dataclasses, and configuration files below them."""
+"""Flags from dataclasses."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import sys
+import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
-import yaml
 
 Options = TypeVar("Options")
 
 
-def parse(options: type[Options], command: str, argv: Sequence[str]) -> Options:
-    """Read ``argv`` into the dataclass ``options``, whose docstrings are the help.
+def parse(
+    options: type[Options], command: str, argv: Sequence[str], default: Options | None = None
+) -> Options:
+    """Read ``argv`` over ``default`` into the dataclass ``options``, whose docstrings are the help.
 
     Raises:
         ValueError: A flag is unknown, missing or has a wrong value; one line, nearest flag named.
@@ -25,82 +25,49 @@ def parse(options: type[Options], command: str, argv: Sequence[str]) -> Options:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, args=list(argv), prog=f"fastlm {command}")
+            return tyro.cli(options, args=list(argv), prog=f"fastlm {command}", default=default)
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise ValueError(f"{command}: {_one_line(said.getvalue())}") from None
+        line = _one_line(said.getvalue())
+        # what the dataclass itself raises names the command already
+        line = line.removeprefix(f"Error parsing {options.__name__}: ").removeprefix(f"{command}: ")
+        raise ValueError(f"{command}: {line}") from None
 
 
 def _one_line(box: str) -> str:
     """What tyro says in a box over several lines, without the frame and the parting advice."""
     paragraphs = [""]
     for row in box.splitlines():
-        text = row.strip("│╭╰╮╯ ")
+        text = row.strip("│ ")
         if not row.startswith("│"):
             continue
         if set(text) == {"─"}:
             paragraphs.append("")
         else:
             paragraphs[-1] += f" {text}" if paragraphs[-1] else text
-    kept = [text for text in paragraphs if not text.startswith("For full helptext")]
-    return "; ".join(kept) or box.strip()
+    statement, *advice = paragraphs
+    for text in advice:
+        if text.startswith("Perhaps you meant") and (flags := re.findall(r"--[\w.-]+", text)):
+            statement += f", did you mean {flags[0]}?"
+    return statement or " ".join(box.split())
 
 
-def with_config_file(command: str, argv: Sequence[str]) -> list[str]:
-    """Replace ``--config FILE`` by the flags the file stands for, placed before all others.
-
-    The file is a YAML mapping from field to value.  Of a flag given twice the last one counts, so
-    flags on the command line override the file.
+def take(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of ``--flag VALUE`` or ``--flag=VALUE``, and the arguments without it.
 
     Raises:
-        ValueError: The flag has no value, or the file is no YAML mapping of plain values.
-        OSError: The file cannot be read.
+        ValueError: The flag has no value.
     """
     rest: list[str] = []
-    flags: list[str] = []
+    found: str | None = None
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name != "--config":
+        if name != flag:
             rest.append(word)
             continue
-        value = value if equals else next(words, "")
-        if not value:
-            raise ValueError(f"{command}: --config needs the name of a YAML file")
-        flags += _flags_of(command, Path(value))
-    return flags + rest
-
-
-def _flags_of(command: str, path: Path) -> list[str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{command}: {path} is no YAML file: {_flat(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{command}: {path} must hold a mapping of fields to values")
-    return [word for key, value in content.items() for word in _flag(f"{key}", value)]
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{dashed}" if value else f"--no-{dashed}"]
-    if isinstance(value, dict):
-        return [word for key, inner in value.items() for word in _flag(f"{name}.{key}", inner)]
-    if isinstance(value, list):
-        return [f"--{dashed}", *map(str, value)]
-    return [f"--{dashed}", str(value)]
-
-
-def _flat(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def can_print(text: str) -> bool:
-    """Whether the terminal's encoding has these characters."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
+        found = value if equals else next(words, "")
+        if not found:
+            raise ValueError(f"{flag} needs a value")
+    return found, rest

@@ -1,0 +1,113 @@
+"""Check and time the ops of fastlm against what else there is.
+
+Rows are written after every case, and a second call with the same ``--out`` runs the cases that are
+missing; one that ended the process the last time is not tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlm.benchmarks import _harness, _report
+from fastlm.benchmarks._harness import MODES, REGISTRY, Ceilings, Problem
+
+OPS = ("attention", "cross_entropy", "linear_cross_entropy")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 1 when a result of fastlm was wrong or a case could not run."""
+    options = _parse(argv)
+    device = options.device
+    for op in options.ops:
+        importlib.import_module(f"fastlm.benchmarks.{op}")
+    dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
+    ceilings = _harness.measure_ceilings(device, [dtype])
+    env = _report.environment(device, ceilings)
+    print(_report.heading(env), flush=True)
+    folder = options.out or Path(__file__).parent / "results" / _report.slug(env["device"])
+    deadline = time.monotonic() + options.seconds
+    healthy = True
+    for op in options.ops:
+        print(f"\n{op}\n{_report.HEADER}", flush=True)
+        path = folder / f"{op}{'.quick' if options.quick else ''}.json"
+        healthy &= _run_op(op, path, env, ceilings, dtype, options, deadline)
+    return 0 if healthy else 1
+
+
+def _run_op(
+    op: str, path: Path, env: dict[str, Any], ceilings: Ceilings, dtype: torch.dtype,
+    options: argparse.Namespace, deadline: float,
+) -> bool:  # fmt: skip
+    bench = REGISTRY[op]
+    size = "quick" if options.quick else options.device
+    rows = [] if options.fresh else _report.load(path, env)
+    done = {_key(row) for row in rows}
+    for problem in bench.sizes[size]:
+        missing = [mode for mode in MODES if _key(_stub(op, problem, mode, dtype)) not in done]
+        if not missing:
+            continue
+        if time.monotonic() > deadline:
+            print(f"{problem.shape} not run: out of time", flush=True)
+            return False
+        # Stays in the file when the process dies here, and then names the case that did it.
+        died = [
+            {**_stub(op, problem, mode, dtype), "failed": "ended the process"} for mode in missing
+        ]
+        _report.save(path, env, rows + died)
+        torch.manual_seed(0)
+        case = bench.build(problem.shape, dtype, options.device)
+        for mode in missing:
+            for row in _harness.run_case(
+                bench, case, problem, mode, dtype, options.device, ceilings,
+                wanted=options.only, seconds=0.5 if options.quick else 2.0,
+            ):  # fmt: skip
+                rows.append(row)
+                print(_report.line(row), flush=True)
+        _report.save(path, env, rows)
+        torch.compiler.reset()
+        del case
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    return not any("failed" in row for row in rows if row["provider"] == "fastlm")
+
+
+def _stub(op: str, problem: Problem, mode: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "op": op, "mode": mode, "shape": problem.shape, "dtype": _harness.name_of(dtype),
+        "provider": "fastlm",
+    }  # fmt: skip
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row[name] for name in ("op", "mode", "shape", "dtype")])
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="op", default=OPS, help=f"{', '.join(OPS)}; all by default")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=tuple(DTYPES), help="bfloat16 on a GPU, float32 on a CPU by default")
+    add("--quick", action="store_true", help="one small size per op, to see that all works")
+    add("--only", nargs="+", default=(), metavar="provider", help="time these providers alone")
+    add("--out", type=Path, metavar="DIR", help="benchmarks/results/<device> by default")
+    add("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    add("--fresh", action="store_true", help="run every case anew, whatever --out holds")
+    options = parser.parse_args(argv)
+    for op in options.ops:
+        if op not in OPS:
+            parser.error(f"there is no benchmark {op!r}: {', '.join(OPS)}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

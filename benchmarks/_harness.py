@@ -1,0 +1,275 @@
+"""Check, then time: the providers of a case in turn, on the same inputs, against measured ceilings.
+
+A benchmark registers a builder of cases.  The first provider of a case is the yardstick: what a
+user has without fastlm.  fastlm's own results must hold the tolerance rule against float64 truth
+before they are timed; of the others only the error is reported.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.testing import assert_as_accurate
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size of one op.
+
+    Attributes:
+        shape: Name of each size to its value, as in the result rows.
+        only: Providers worth running here; empty for all.
+    """
+
+    shape: dict[str, int]
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the providers compute, and the least it can cost.
+
+    Attributes:
+        inputs: Arguments of every provider; gradients are taken of those that require one.
+        providers: Name to a function of the inputs; the yardstick first.
+        truth: Mode to output and gradients in float64.
+        bytes_moved: Mode to bytes, each input read once and each output written once.
+        flops: Mode to floating-point operations.
+    """
+
+    inputs: tuple[Tensor, ...]
+    providers: dict[str, Callable[..., Tensor]]
+    truth: Callable[[str], Outputs]
+    bytes_moved: dict[str, float]
+    flops: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Sizes per kind of device, and how to build a case of one."""
+
+    op: str
+    build: Callable[[dict[str, int], torch.dtype, str], Case]
+    sizes: dict[str, list[Problem]]
+
+
+REGISTRY: dict[str, Benchmark] = {}
+MODES = ("fwd", "fwd_bwd")
+
+
+def benchmark(op: str, **sizes: list[Problem]) -> Callable[..., Any]:
+    """Register ``build(shape, dtype, device)``; ``sizes`` has the keys cuda, cpu and quick."""
+
+    def register(
+        build: Callable[[dict[str, int], torch.dtype, str], Case],
+    ) -> Callable[[dict[str, int], torch.dtype, str], Case]:
+        if op in REGISTRY:
+            raise ValueError(f"benchmark {op!r} is registered twice")
+        REGISTRY[op] = Benchmark(op, build, sizes)
+        return build
+
+    return register
+
+
+@dataclass
+class Ceilings:
+    """What this device does at best, measured in this run on random data."""
+
+    gbps: float
+    tflops: dict[str, float] = field(default_factory=dict)
+
+    def floor_ms(self, bytes_moved: float, flops: float, dtype: str) -> float:
+        """Neither the bytes nor the arithmetic can take less."""
+        return max(bytes_moved / self.gbps / 1e6, flops / self.tflops[dtype] / 1e9)
+
+
+def measure_ceilings(device: str, dtypes: Iterable[torch.dtype]) -> Ceilings:
+    """A copy counts the bytes read and written; a square matrix product 2 n^3 operations."""
+    cuda = device == "cuda"
+    numel = 1 << (29 if cuda else 25)
+    source = torch.randn(numel, device=device)
+    target = torch.empty_like(source)
+    seconds = min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    ceilings = Ceilings(gbps=2 * source.numel() * source.element_size() / seconds / 1e9)
+    for dtype in dtypes:
+        n = 8192 if cuda else 1024
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        product = functools.partial(torch.matmul, a, b)
+        timed(product, device)
+        rate = 2 * n**3 / statistics.median(timed(product, device) for _ in range(10)) / 1e12
+        ceilings.tflops[name_of(dtype)] = rate
+    return ceilings
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, by events on a GPU."""
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Evicts the inputs from L2, and keeps the GPU busy until the call is queued behind it.
+    _flush_buffer().zero_()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+
+
+def run_case(
+    bench: Benchmark, case: Case, problem: Problem, mode: str, dtype: torch.dtype, device: str,
+    ceilings: Ceilings, *, wanted: Iterable[str] = (), seconds: float = 2.0,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One row per provider; a provider that fails has ``failed`` instead of numbers."""
+    common = {"op": bench.op, "mode": mode, "shape": problem.shape, "dtype": name_of(dtype)}
+    truth = case.truth(mode)
+    plain: Outputs | None = None
+    calls: dict[str, Callable[[], Outputs]] = {}
+    errors: dict[str, float] = {}
+    kernels: dict[str, str] = {}
+    for name, provider in case.providers.items():
+        if (problem.only and name not in problem.only) or (wanted and name not in wanted):
+            continue
+        call = functools.partial(_outputs, provider, case.inputs, mode)
+        try:
+            outputs = call()
+            if name == "fastlm":
+                _judge(name, outputs, plain or call_plain(case, mode), truth)
+        except _failures() as error:
+            yield {**common, "provider": name, "failed": _first_line(error)}
+            continue
+        plain = plain or outputs
+        calls[name], errors[name] = call, _relative_error(outputs, truth)
+        if device == "cuda":
+            kernels[name] = slowest_kernel(call)
+        del outputs
+    peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
+    times = _interleaved(calls, device, seconds)
+    for name, samples in times.items():
+        p20, p50, p80 = statistics.quantiles(samples, n=10)[1::3]
+        moved, flops = case.bytes_moved[mode], case.flops[mode]
+        yield {
+            **common,
+            "provider": name,
+            "ms_p50": p50,
+            "ms_p20": p20,
+            "ms_p80": p80,
+            "tflops": flops / p50 / 1e9,
+            "gbps": moved / p50 / 1e6,
+            "fraction_of_peak": ceilings.floor_ms(moved, flops, common["dtype"]) / p50,
+            "peak_mib": peaks[name],
+            "max_rel_err": errors[name],
+            **({"kernel": kernels[name]} if name in kernels else {}),
+        }
+
+
+def call_plain(case: Case, mode: str) -> Outputs:
+    """The yardstick's result, where it is not timed itself."""
+    return _outputs(next(iter(case.providers.values())), case.inputs, mode)
+
+
+def _outputs(provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Outputs:
+    if mode == "fwd":
+        with torch.no_grad():
+            return (provider(*inputs),)
+    out = provider(*inputs)
+    needing = [x for x in inputs if x.requires_grad]
+    dout = torch.ones_like(out) if out.dim() == 0 else _cotangent(out)
+    return (out.detach(), *torch.autograd.grad(out, needing, dout))
+
+
+def _cotangent(out: Tensor) -> Tensor:
+    return cotangent(tuple(out.shape), out.dtype, str(out.device))
+
+
+@functools.lru_cache(maxsize=1)
+def cotangent(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """The gradient that comes in; the same for every provider."""
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def _judge(name: str, outputs: Outputs, plain: Outputs, truth: Outputs) -> None:
+    for position, (actual, usual, exact) in enumerate(zip(outputs, plain, truth, strict=True)):
+        assert_as_accurate(f"{name}, output {position}", actual, plain=usual, truth=exact)
+
+
+def _relative_error(outputs: Outputs, truth: Outputs) -> float:
+    """Largest error over the largest true value, the worst of all outputs."""
+    pairs = zip(outputs, truth, strict=True)
+    return max(
+        ((out.double() - exact).abs().max() / exact.abs().max()).item() for out, exact in pairs
+    )
+
+
+def _interleaved(
+    calls: dict[str, Callable[[], Outputs]], device: str, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds per call, round by round, so that drift falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(2):
+            timed(call, device)
+    start, rounds = time.perf_counter(), 0
+    while calls and (rounds < 5 or (time.perf_counter() - start < seconds and rounds < 200)):
+        for name, call in calls.items():
+            times[name].append(1e3 * timed(call, device))
+        rounds += 1
+    return times
+
+
+def _peak_mib(call: Callable[[], Outputs], device: str) -> float | None:
+    """Memory a call takes above what is there before it; None where nothing counts it."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def slowest_kernel(call: Callable[[], Outputs]) -> str:
+    """Name of the GPU kernel that took the longest."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = profile.key_averages()
+    return max(events, key=lambda event: event.self_device_time_total).key if events else "unknown"
+
+
+@functools.cache
+def _failures() -> tuple[type[BaseException], ...]:
+    """What a provider may raise without ending the run: refusals, wrong results, no memory."""
+    kinds: tuple[type[BaseException], ...] = (AssertionError, NotImplementedError, RuntimeError)
+    try:
+        from triton.errors import TritonError
+    except ModuleNotFoundError:
+        return kinds
+    return (*kinds, TritonError)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,0 +1,131 @@
+"""Result files, and the tables drawn from them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastlm
+
+from ._harness import Ceilings
+
+
+def environment(device: str, ceilings: Ceilings) -> dict[str, Any]:
+    """What a reader needs to judge a number: machine, versions, commit, date, ceilings."""
+    return {
+        "device": device_name(device),
+        "driver": _driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "fastlm": fastlm.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "git": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "ceilings": asdict(ceilings),
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    model = re.search(r"model name\s*: (.*)", text)
+    return model.group(1) if model else platform.machine()
+
+
+def slug(name: str) -> str:
+    """``NVIDIA H200`` to ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def save(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the whole file beside the old one and rename, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"env": env, "rows": rows}, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def load(path: Path, env: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an earlier run left, if it was of this commit on this machine."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    same = all(content["env"][key] == env[key] for key in ("device", "torch", "triton", "git"))
+    return content["rows"] if same else []
+
+
+HEADER = (
+    f"{'shape':<38} {'mode':<8}{'provider':<15}{'ms':>10}{'p20':>10}{'p80':>10}"
+    f"{'TFLOP/s':>9}{'GB/s':>8}{'of peak':>9}{'MiB':>8}{'error':>9}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table, under HEADER."""
+    shape = " ".join(f"{key}{value}" for key, value in row["shape"].items())
+    start = f"{shape + ' ' + row['dtype']:<38} {row['mode']:<8}{row['provider']:<15}"
+    if "failed" in row:
+        return f"{start} {row['failed']}"
+    peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    kernel = f"  {row['kernel'][:60]}" if "kernel" in row else ""
+    return (
+        f"{start}{row['ms_p50']:>10.3f}{row['ms_p20']:>10.3f}{row['ms_p80']:>10.3f}"
+        f"{row['tflops']:>9.2f}{row['gbps']:>8.1f}{row['fraction_of_peak']:>9.1%}"
+        f"{peak:>8}{row['max_rel_err']:>9.1e}{kernel}"
+    )
+
+
+def heading(env: dict[str, Any]) -> str:
+    rates = ", ".join(f"{k} {v:.2f} TFLOP/s" for k, v in env["ceilings"]["tflops"].items())
+    return (
+        f"{env['device']}, driver {env['driver'] or '-'}, torch {env['torch']}, triton "
+        f"{env['triton'] or '-'}, commit {env['git']}\n"
+        f"measured ceilings: copy {env['ceilings']['gbps']:.1f} GB/s, matmul {rates}"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+
+
+def _commit() -> str:
+    """Short hash of the checkout this file is in, with + where it has uncommitted changes."""
+    here = Path(__file__).resolve().parent
+    if shutil.which("git") is None:
+        return "unknown"
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True
+        ).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return f"{commit}{'+' if git('status', '--porcelain', '-uno') else ''}" if commit else "unknown"
