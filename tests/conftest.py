@@ -1,0 +1,70 @@
+"""What every test shares: the device, an interpreter that rounds, poisoned memory, counted skips."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # before triton is imported: @triton.jit reads it when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from support import interpreter  # noqa: E402
+from support.poison import poisoned  # noqa: E402
+
+# More skipped tests than this fail a run on CPU: a test that silently stops running is no test.
+MOST_SKIPS = 0
+
+if not ON_GPU:
+    interpreter.install()
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """``"cuda"`` with real kernels where there is a GPU, else ``"cpu"`` with interpreted ones."""
+    return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bfloat16_rounds(device: str) -> None:
+    interpreter.check_bfloat16(device)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_memory_is_poisoned(_bfloat16_rounds: None) -> Iterator[None]:
+    with poisoned():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+def _skips(terminal: Any) -> Counter[str]:
+    return Counter(report.longrepr[2] for report in terminal.stats.get("skipped", []))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skips = _skips(terminalreporter)
+    for reason, count in sorted(skips.items()):
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+    if not ON_GPU and skips.total() > MOST_SKIPS:
+        terminalreporter.write_line(f"{skips.total()} skips, {MOST_SKIPS} allowed", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if (
+        terminal
+        and not ON_GPU
+        and _skips(terminal).total() > MOST_SKIPS
+        and session.exitstatus == 0
+    ):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
