@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # public name -> module that holds it
 _HOMES = {
     "KernelMismatch": "fastlm.functional",
+    "causal_attention": "fastlm.functional",
     "checked": "fastlm.functional",
     "cross_entropy": "fastlm.functional",
     "explain": "fastlm.functional",
@@ -22,9 +23,16 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from fastlm.functional import KernelMismatch, checked, cross_entropy, explain
+    from fastlm.functional import KernelMismatch, causal_attention, checked, cross_entropy, explain
 
-__all__ = ["KernelMismatch", "__version__", "checked", "cross_entropy", "explain"]
+__all__ = [
+    "KernelMismatch",
+    "__version__",
+    "causal_attention",
+    "checked",
+    "cross_entropy",
+    "explain",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,309 @@
+"""Causal attention, backward.
+
+    p     = exp(scale * query key^T - lse)          recomputed, never stored
+    delta = sum_v dout out - dlse                   one number per query
+    ds    = p (dout value^T - delta)
+    dvalue = p^T dout      dkey = scale ds^T query      dquery = scale ds key
+
+(Dao, 2023, https://arxiv.org/abs/2307.08691, algorithm 2, in two kernels.)  One keeps the gradients
+of BLOCK_N keys and walks over the queries of every head that shares them; the other keeps the
+gradient of BLOCK_M queries and walks over keys.  Scores are computed twice, and in exchange nothing
+is added through memory: no atomics, no order to depend on.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import LOG2_E
+from .tiles import key_range, load_rows, locate, query_range, store_rows, visible
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr,  # (B, T, H, VALUE_DIM), contiguous
+    dout_ptr,  # (B, T, H, VALUE_DIM)
+    lse_ptr,  # (B, H, T), contiguous, ACC
+    dlse_ptr,  # (B, H, T), contiguous; not read unless HAS_DLSE
+    delta_ptr,  # (B, H, T), contiguous, ACC
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    heads,
+    num_queries,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    program = tl.program_id(0)
+    head = (program // num_blocks).to(tl.int64)
+    queries = program % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = queries < num_queries
+    batch = head // heads
+    out_ptr += (batch * num_queries * heads + head % heads) * VALUE_DIM
+    dout_ptr += batch * stride_ob + head % heads * stride_oh
+
+    out = load_rows(out_ptr, queries, num_queries, heads * VALUE_DIM, VALUE_DIM, BLOCK_V, True)
+    dout = load_rows(dout_ptr, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True)
+    delta = tl.sum(out.to(ACC) * dout.to(ACC), 1)
+    statistics = head * num_queries + queries
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + statistics, mask=inside, other=0.0).to(ACC)
+    # p = 0 in a row that sees no key, but 0 * NaN is NaN, and the gradient of its lse may be that
+    lse = tl.load(lse_ptr + statistics, mask=inside, other=float("-inf"))
+    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    tl.store(delta_ptr + statistics, delta, mask=inside)
+
+
+@triton.jit
+def dkdv_kernel(
+    q_ptr,  # (B, T, H, HEAD_DIM)
+    k_ptr,  # (B, S, H / group_size, HEAD_DIM)
+    v_ptr,  # (B, S, H / group_size, VALUE_DIM)
+    dout_ptr,  # (B, T, H, VALUE_DIM)
+    lse_ptr,  # (B, H, T), contiguous, ACC
+    delta_ptr,  # (B, H, T), contiguous, ACC
+    dk_ptr,  # like k, contiguous
+    dv_ptr,  # like v, contiguous
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kg,
+    stride_vb,
+    stride_vs,
+    stride_vg,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    batch_kv_heads,  # B * H / group_size
+    kv_heads,  # H / group_size
+    group_size,
+    num_queries,
+    num_keys,
+    heads_per_section,
+    scale: tl.float64,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    num_blocks = tl.cdiv(num_keys, BLOCK_N)
+    # the first block of keys is seen by the most queries
+    rank, kv = locate(num_blocks, batch_kv_heads, heads_per_section)
+    first_key = rank * BLOCK_N
+    batch = kv // kv_heads
+    kv_head = kv % kv_heads
+    first_head = kv_head * group_size
+    q_ptr += batch * stride_qb + first_head * stride_qh
+    k_ptr += batch * stride_kb + kv_head * stride_kg
+    v_ptr += batch * stride_vb + kv_head * stride_vg
+    dout_ptr += batch * stride_ob + first_head * stride_oh
+    lse_ptr += kv * group_size * num_queries
+    delta_ptr += kv * group_size * num_queries
+
+    keys = first_key + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, keys, num_keys, stride_ks, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr, keys, num_keys, stride_vs, VALUE_DIM, BLOCK_V, True)
+    scale = tl.full((), scale, ACC)
+    start, unmasked_start = query_range(first_key, num_queries, num_keys, BLOCK_M, BLOCK_N)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    for _ in range(group_size):
+        dk, dv = _gather_dkdv(
+            dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_ot,
+            start, unmasked_start, num_queries, num_keys, scale * LOG2_E,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=True,
+        )  # fmt: skip
+        dk, dv = _gather_dkdv(
+            dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_ot,
+            unmasked_start, num_queries, num_queries, num_keys, scale * LOG2_E,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=False,
+        )  # fmt: skip
+        q_ptr += stride_qh
+        dout_ptr += stride_oh
+        lse_ptr += num_queries
+        delta_ptr += num_queries
+
+    row = batch * num_keys * kv_heads + kv_head
+    dk_ptr += row * HEAD_DIM
+    dv_ptr += row * VALUE_DIM
+    store_rows(dk_ptr, keys, num_keys, kv_heads * HEAD_DIM, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, keys, num_keys, kv_heads * VALUE_DIM, dv, VALUE_DIM, BLOCK_V)
+
+
+@triton.jit
+def _gather_dkdv(
+    dk,  # (BLOCK_N, BLOCK_D) ACC
+    dv,  # (BLOCK_N, BLOCK_V) ACC
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_V)
+    keys,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    stride_qt,
+    stride_ot,
+    start,
+    end,
+    num_queries,
+    num_keys,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    # scores are transposed, so that p and ds are first operands of their products, in registers
+    for first_query in range(start, end, BLOCK_M):
+        queries = first_query + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, queries, num_queries, stride_qt, HEAD_DIM, BLOCK_D, True)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
+        scores = scores * scale_log2 - _lse_log2(lse_ptr, queries, num_queries)[None, :]
+        seen = visible(queries[None, :], keys[:, None], num_keys - num_queries)
+        if MASKED:
+            scores = tl.where(seen, scores, float("-inf"))
+        p = tl.exp2(scores)
+        dout = load_rows(dout_ptr, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee", out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=ACC)
+        delta = tl.load(delta_ptr + queries, mask=queries < num_queries, other=0.0)
+        ds = p * (dp - delta[None, :])
+        if MASKED:
+            # not left to p = 0: values of keys out of sight may be NaN
+            ds = tl.where(seen, ds, 0.0)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=ACC)
+    return dk, dv
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,  # (B, T, H, HEAD_DIM)
+    k_ptr,  # (B, S, H / group_size, HEAD_DIM)
+    v_ptr,  # (B, S, H / group_size, VALUE_DIM)
+    dout_ptr,  # (B, T, H, VALUE_DIM)
+    lse_ptr,  # (B, H, T), contiguous, ACC
+    delta_ptr,  # (B, H, T), contiguous, ACC
+    dq_ptr,  # like q, contiguous
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kg,
+    stride_vb,
+    stride_vs,
+    stride_vg,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    batch_heads,  # B * H
+    heads,
+    group_size,
+    num_queries,
+    num_keys,
+    heads_per_section,
+    scale: tl.float64,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    rank, head = locate(num_blocks, batch_heads, heads_per_section)
+    # the last block of queries sees the most keys
+    first_query = (num_blocks - 1 - rank) * BLOCK_M
+    batch = head // heads
+    kv_head = head % heads // group_size
+    q_ptr += batch * stride_qb + head % heads * stride_qh
+    k_ptr += batch * stride_kb + kv_head * stride_kg
+    v_ptr += batch * stride_vb + kv_head * stride_vg
+    dout_ptr += batch * stride_ob + head % heads * stride_oh
+    lse_ptr += head * num_queries
+    delta_ptr += head * num_queries
+
+    queries = first_query + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, queries, num_queries, stride_qt, HEAD_DIM, BLOCK_D, True)
+    dout = load_rows(dout_ptr, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True)
+    lse = _lse_log2(lse_ptr, queries, num_queries)
+    delta = tl.load(delta_ptr + queries, mask=queries < num_queries, other=0.0)
+    scale = tl.full((), scale, ACC)
+    unmasked_end, end = key_range(first_query, num_queries, num_keys, BLOCK_M, BLOCK_N)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    dq = _gather_dq(
+        dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs, 0, unmasked_end,
+        num_queries, num_keys, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, MASKED=False,
+    )  # fmt: skip
+    dq = _gather_dq(
+        dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end,
+        num_queries, num_keys, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, MASKED=True,
+    )  # fmt: skip
+
+    dq_ptr += (batch * num_queries * heads + head % heads) * HEAD_DIM
+    store_rows(dq_ptr, queries, num_queries, heads * HEAD_DIM, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _gather_dq(
+    dq,  # (BLOCK_M, BLOCK_D) ACC
+    q,  # (BLOCK_M, BLOCK_D)
+    dout,  # (BLOCK_M, BLOCK_V)
+    lse,  # (BLOCK_M,) ACC, base 2
+    delta,  # (BLOCK_M,) ACC
+    queries,
+    k_ptr,
+    v_ptr,
+    stride_ks,
+    stride_vs,
+    start,
+    end,
+    num_queries,
+    num_keys,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    for first_key in range(start, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, keys, num_keys, stride_ks, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(v_ptr, keys, num_keys, stride_vs, VALUE_DIM, BLOCK_V, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
+        scores = scores * scale_log2 - lse[:, None]
+        seen = visible(queries[:, None], keys[None, :], num_keys - num_queries)
+        if MASKED:
+            scores = tl.where(seen, scores, float("-inf"))
+        p = tl.exp2(scores)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
+        ds = p * (dp - delta[:, None])
+        if MASKED:
+            # not left to p = 0: values of keys out of sight may be NaN
+            ds = tl.where(seen, ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=ACC)
+    return dq
+
+
+@triton.jit
+def _lse_log2(lse_ptr, queries, num_queries):
+    """lse in base 2; +inf, which makes p = 0, past the last query and for one that sees no key."""
+    lse = tl.load(lse_ptr + queries, mask=queries < num_queries, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
