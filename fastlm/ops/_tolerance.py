@@ -7,7 +7,9 @@ the dtype of the output.  With e = |actual - truth| and e_plain = |plain - truth
     |mean(sign(truth) (actual - truth))| <= that of plain + 6 u rms(truth) / sqrt(n)
 
 u is the unit roundoff of the output's dtype, a = 8 * 2^-24 max|truth| for float32 (2^-53 for float64)
-and u * 2^-6 max|truth| for narrower dtypes.  The third line sees truncation where rounding was due.
+and u * 2^-6 max|truth| for narrower dtypes.  The third line sees truncation where rounding was due;
+it takes the errors of elements as independent, which the final cast to a narrow dtype makes them, and
+is not asked of float32 and float64, where errors of one row have one cause and no cast ends them.
 Positions of NaN, +inf and -inf must match exactly.
 """
 
@@ -85,6 +87,8 @@ def compare(
     allowed = 1.5 * (usual_error.square().sum() / count).sqrt().item() + floor / 4
     if rms > allowed:
         return _mismatch(f"rms error {rms:.3e}, {allowed:.3e} allowed", error, got, want)
+    if actual.dtype.itemsize > 2:
+        return None
     shrink = _shrink(got[finite], want[finite])
     size = want[finite].square().mean().sqrt().item()
     allowed = _shrink(usual[finite], want[finite]) + 6 * roundoff * size / count**0.5
