@@ -8,8 +8,8 @@ the dtype of the output.  With e = |actual - truth| and e_plain = |plain - truth
 
 u is the unit roundoff of the output's dtype, a = 8 * 2^-24 max|truth| for float32 (2^-53 for float64)
 and u * 2^-6 max|truth| for narrower dtypes.  The third line sees truncation where rounding was due;
-it takes the errors of elements as independent, which the final cast to a narrow dtype makes them, and
-is not asked of float32 and float64, where errors of one row have one cause and no cast ends them.
+it takes the errors of elements as independent, which a last cast to a narrow dtype makes them, and
+is not asked of float32 and float64, where the errors of a row have one cause, its lse for example.
 Positions of NaN, +inf and -inf must match exactly.
 """
 
