@@ -1,4 +1,4 @@
-"""What every test shares: the device, an interpreter that rounds, poisoned memory, counted skips."""
+"""What every test shares: device, an interpreter that rounds, poisoned memory, counted skips."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Triton's interpreter made as strict as a GPU: bfloat16 that rounds, grids that have limits.
 
-In Triton 3.6 and 3.7 the interpreter keeps bfloat16 as bit patterns in uint16.  Casts from float32 then
-truncate, ``tl.dot`` multiplies the patterns, and arithmetic and sums add them.  :func:`install` makes
-casts and ``tl.dot`` right, and has arithmetic on bfloat16 raise TypeError: our kernels load bfloat16,
-compute in ``ACC`` and cast once.
+In Triton 3.6 and 3.7 the interpreter keeps bfloat16 as bit patterns in uint16.  Casts from float32
+then truncate, ``tl.dot`` multiplies the patterns, and arithmetic and sums add them.
+:func:`install` makes casts and ``tl.dot`` right, and has arithmetic on bfloat16 raise TypeError:
+our kernels load bfloat16, compute in ``ACC`` and cast once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+
 from fastlm.kernels._launch import MAX_GRID
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -144,7 +145,7 @@ def _cast_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def bfloat16_boundaries() -> torch.Tensor:
-    """All 65,536 bfloat16 values, the midpoints after them, and one float32 step either side of each."""
+    """Every bfloat16 value, every midpoint, and one float32 step either side of each."""
     starts = torch.arange(1 << 16, dtype=torch.int64) << 16
     steps = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     bits = (starts[:, None] + steps).flatten()
@@ -159,7 +160,7 @@ def cast_in_a_kernel(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_bfloat16(device: str) -> None:
-    """Fail unless kernels round float32 to bfloat16 to nearest, ties to even, wherever it matters."""
+    """Fail unless kernels round float32 to bfloat16 to nearest, ties to even."""
     values = bfloat16_boundaries().to(device)
     got, want = cast_in_a_kernel(values, torch.bfloat16), values.to(torch.bfloat16)
     wrong = (got.view(torch.int16) != want.view(torch.int16)) & ~(got.isnan() & want.isnan())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import math
 import mmap
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -114,6 +116,8 @@ def _run_and_exit(function: Callable[[], object], report: int, seconds: int) -> 
     """Never returns: nothing of the parent's, such as its cleanup, may run in the child."""
     code = 1
     try:
+        faulthandler.disable()  # a crash is reported by its signal; no page of stack, no core file
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)
         torch.set_num_threads(1)  # a fork has lost OpenMP's workers and would wait for them
