@@ -12,26 +12,50 @@ __version__ = "0.1.0"
 
 # public name -> module that holds it
 _HOMES = {
+    "CausalLM": "fastlm.model.transformer",
+    "CausalLMConfig": "fastlm.model.config",
     "KernelMismatch": "fastlm.functional",
+    "apply_rotary": "fastlm.functional",
     "causal_attention": "fastlm.functional",
     "checked": "fastlm.functional",
     "cross_entropy": "fastlm.functional",
     "explain": "fastlm.functional",
     "functional": "",
+    "glu": "fastlm.functional",
     "nn": "",
+    "rms_norm": "fastlm.functional",
+    "swiglu": "fastlm.functional",
     "testing": "",
 }
 
 if TYPE_CHECKING:
-    from fastlm.functional import KernelMismatch, causal_attention, checked, cross_entropy, explain
+    from fastlm.functional import (
+        KernelMismatch,
+        apply_rotary,
+        causal_attention,
+        checked,
+        cross_entropy,
+        explain,
+        glu,
+        rms_norm,
+        swiglu,
+    )
+    from fastlm.model.config import CausalLMConfig
+    from fastlm.model.transformer import CausalLM
 
 __all__ = [
+    "CausalLM",
+    "CausalLMConfig",
     "KernelMismatch",
     "__version__",
+    "apply_rotary",
     "causal_attention",
     "checked",
     "cross_entropy",
     "explain",
+    "glu",
+    "rms_norm",
+    "swiglu",
 ]
 
 

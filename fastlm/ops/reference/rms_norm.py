@@ -1,4 +1,4 @@
-"""RMSNorm: out = x rstd (offset + weight), rstd = (mean(x^2) + eps)^(-1/2), x = input + residual."""
+"""RMSNorm of x: out = x rstd (offset + weight), rstd = (mean(x^2) + eps)^(-1/2)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The causal language model: configuration, layers, key/value cache, files."""

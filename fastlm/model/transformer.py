@@ -1,0 +1,298 @@
+"""The transformer: token ids to logits, or to a loss without logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm.model.config import ACTIVATIONS, CausalLMConfig
+from fastlm.model.kv_cache import KVCache
+from fastlm.nn import CausalSelfAttention, RMSNorm
+from fastlm.ops.glu import glu
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+class CausalLMOutput(NamedTuple):
+    """What a :class:`CausalLM` returns.
+
+    Attributes:
+        loss: Scalar, float32 or wider; None without labels.
+        logits: ``(B, T, V)``; None when there is a loss, unless asked for.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model: Llama's, or Qwen3's with normalised queries and keys.
+
+    Modules and parameters have Hugging Face's names, so that a state dict is a checkpoint.
+
+    Args:
+        config: Sizes and options.
+    """
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def reset_parameters(self) -> None:
+        """Draw new weights: normal, and narrower where a projection adds to the residual stream.
+
+        That factor, one over the root of the number of such additions, is GPT-2's (Radford et al.,
+        2019, section 2.3).
+        """
+        std = self.config.initializer_range
+        narrow = std * (2 * self.config.num_hidden_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=narrow if adds else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)
+
+    def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for ``model(input_ids, cache=cache)``.
+
+        Args:
+            batch: Number of sequences.
+            max_length: Tokens each may reach; None for as many as the model can.
+
+        Raises:
+            ValueError: ``max_length`` is beyond the model's context.
+        """
+        context = self.config.max_position_embeddings
+        max_length = context if max_length is None else max_length
+        if not 0 < max_length <= context:
+            raise ValueError(
+                f"CausalLM: max_length must be in [1, {context}], the context of the model, "
+                f"got {max_length}"
+            )
+        weight = self.model.embed_tokens.weight
+        return KVCache(
+            self.config.num_hidden_layers,
+            batch,
+            max_length,
+            self.config.num_kv_heads,
+            self.config.head_size,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+        return_logits: bool = False,
+        logits_to_keep: int = 0,
+        cache: KVCache | None = None,
+    ) -> CausalLMOutput:
+        """Predict each next token.
+
+        Args:
+            input_ids: ``(B, T)`` token ids.
+            labels: ``(B, T)`` token ids that line up with ``input_ids``, usually the same; position
+                t is held to label t + 1 here, and -100 is left out of the loss.
+            targets: ``(B, T)`` token ids that line up with the logits, instead of ``labels``: for
+                callers who know the token after the last one.
+            num_items: Divide the summed loss by this, not by the targets of this batch: gradient
+                accumulation over batches of unequal size.
+            return_logits: Compute logits beside the loss.
+            logits_to_keep: Only the logits of this many last positions; 0 for all.
+            cache: What came before; the new tokens follow it and are added to it.
+
+        Returns:
+            The loss, with labels or targets, never holding ``(B, T, V)`` logits unless they are
+            asked for; without, the logits.
+
+        Raises:
+            ValueError: Shapes do not match, the sequence is longer than the context, or the cache
+                is full; nothing is written to it then.
+        """
+        batch, length = _check_ids(input_ids, "input_ids")
+        if labels is not None:
+            if targets is not None:
+                raise ValueError("CausalLM: labels must be None beside targets, got both")
+            _check_like(labels, "labels", input_ids)
+            # a column to ignore, rather than a copy of the hidden states without the last position
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        elif targets is not None:
+            _check_like(targets, "targets", input_ids)
+        if cache is not None:
+            cache.check_room(batch, length)
+        hidden = self.model(input_ids, cache)
+        loss = None if targets is None else self._loss(hidden, targets, num_items)
+        if loss is not None and not return_logits:
+            return CausalLMOutput(loss, None)
+        return CausalLMOutput(loss, self.lm_head(hidden[:, -logits_to_keep:]))
+
+    def _loss(self, hidden: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+        weight = self.lm_head.weight
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            # autocast knows torch's matrix products only
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if num_items is None:
+            return linear_cross_entropy(hidden, weight, targets)
+        return linear_cross_entropy(hidden, weight, targets, reduction="sum") / num_items
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks and the final norm: token ids to hidden states ``(B, T, C)``."""
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_size, config.rope_theta, config.max_position_embeddings)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        rotary = self.rotary(start, input_ids.shape[1])
+        hidden, stream = self.embed_tokens(input_ids), None
+        for index, layer in enumerate(self.layers):
+            extend = None if cache is None else functools.partial(cache.extend, index)
+            hidden, stream = layer(hidden, stream, rotary, extend)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return self.norm(hidden, residual=stream)[0]
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each behind a norm and beside the residual stream.
+
+    Each branch is added to the stream by the norm after it, which reads and writes both anyway.
+    """
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.self_attn = CausalSelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_kv_heads,
+            config.head_size,
+            qk_norm=config.qk_norm,
+            bias=config.attention_bias,
+            eps=config.rms_norm_eps,
+        )
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take and return what the branch before computed, and the stream it is to be added to."""
+        if stream is None:
+            hidden, stream = self.input_layernorm(branch), branch
+        else:
+            hidden, stream = self.input_layernorm(branch, residual=stream)
+        branch = self.self_attn(hidden, rotary, extend)
+        hidden, stream = self.post_attention_layernorm(branch, residual=stream)
+        return self.mlp(hidden), stream
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward layer."""
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        sizes = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(glu(self.gate_proj(hidden), self.up_proj(hidden), self.activation))
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of all positions, float32 whatever the dtype of the model.
+
+    Args:
+        head_dim: D.
+        theta: Base of the angles: pair i turns by position * theta^(-2i/D).
+        max_length: Number of positions.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, theta: float, max_length: int) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.max_length = head_dim, theta, max_length
+        self._fill(None)
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Tables ``(length, D/2)`` of the positions from ``start`` on.
+
+        Raises:
+            ValueError: The positions go beyond ``max_length``.
+        """
+        end = start + length
+        if end > self.max_length:
+            raise ValueError(
+                f"CausalLM: input must end within the context, {self.max_length} tokens, got {end}"
+            )
+        return self.cos[start:end], self.sin[start:end]
+
+    def _fill(self, device: torch.device | None) -> None:
+        # float32 throughout, as Hugging Face does: exact angles would be other angles
+        exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32)
+        frequencies = 1.0 / self.theta ** (exponents / self.head_dim)
+        positions = torch.arange(self.max_length, device=device, dtype=torch.float32)
+        angles = torch.outer(positions, frequencies)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        # model.to(bfloat16) must not round the angles, and to_empty() leaves them without values
+        device = fn(self.cos).device
+        self._fill(device)
+        return self
+
+
+def _check_ids(ids: Tensor, name: str) -> tuple[int, int]:
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"CausalLM: {name} must be (B, T) token ids, int64 or int32, got shape "
+            f"{tuple(ids.shape)} of {ids.dtype}"
+        )
+    return ids.shape[0], ids.shape[1]
+
+
+def _check_like(ids: Tensor, name: str, input_ids: Tensor) -> None:
+    if ids.shape != input_ids.shape:
+        raise ValueError(
+            f"CausalLM: {name} must have the shape of input_ids, {tuple(input_ids.shape)}, "
+            f"got {tuple(ids.shape)}"
+        )
