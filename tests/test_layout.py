@@ -190,8 +190,7 @@ def test_benchmarks_and_tests_do_not_import_each_other():
         names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         for name in names:
             assert name.split(".")[0] not in ("kernels", "benchmarks"), f"{shown(path)}: {name}"
-            if not path.name.startswith("test_bench") and not path.name.startswith("test_gpu"):
-                assert not name.startswith("fastlm.benchmarks"), f"{shown(path)}: {name}"
+            assert not name.startswith("fastlm.benchmarks"), f"{shown(path)}: {name}"
 
 
 @pytest.mark.parametrize("pattern", ROOMS)
