@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Test and time every op on a machine with a GPU; needs no network and nothing but torch and Triton.
+#
+#   benchmarks/gpu.sh --seconds N --out DIR [--dry-run] [--stages FILE]
+#
+# Runs the stages of the plan that fit into N seconds, each under its own limit.  A second call with
+# the same DIR goes on: stages that passed are skipped, stages never tried come before stages that
+# failed, benchmarks keep the cases they have.  A change of the source starts over.  DIR gets seven
+# files at most.  Exits with 0 when every stage passed; a stage that was not run has not passed.
+#
+# --dry-run   print the plan and what would run, and touch nothing
+# --stages    another plan; one stage a line: name | seconds it needs | seconds it may take | command
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+plan() {
+  cat <<'PLAN'
+doctor                    |  30 | 180 | $python -P -m fastlm doctor
+test-cross_entropy        |  60 | 240 | run_tests tests/test_cross_entropy*.py
+test-attention            |  60 | 360 | run_tests tests/test_attention*.py
+test-linear_cross_entropy |  60 | 300 | run_tests tests/test_linear_cross_entropy*.py
+time-attention            | 120 | 500 | run_benchmark attention
+time-cross_entropy        |  60 | 240 | run_benchmark cross_entropy
+time-linear_cross_entropy |  90 | 300 | run_benchmark linear_cross_entropy
+PLAN
+}
+
+run_tests() {
+  # Exit code 77 means: could not be run here, for the reason printed last.
+  "$python" -c 'import pytest, hypothesis' || { echo "pytest or hypothesis is missing"; exit 77; }
+  "$python" -P -m pytest -m "not slow" -p no:cacheprovider "$@"
+}
+
+run_benchmark() {
+  "$python" benchmarks/run.py "$1" --device cuda --out "$out" --seconds "$((limit - 40))" $fresh
+}
+
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+seconds='' out='' dry_run='' stages=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --seconds) seconds=${2:-} ; shift 2 || usage ;;
+    --out) out=${2:-} ; shift 2 || usage ;;
+    --stages) stages=${2:-} ; shift 2 || usage ;;
+    --dry-run) dry_run=yes ; shift ;;
+    *) usage ;;
+  esac
+done
+[[ $seconds =~ ^[0-9]+$ && -n $out ]] || usage
+
+# name -> the words of its line in the plan, and what became of it
+declare -a names=()
+declare -A needs=() limits=() commands=() status=() took=() note=()
+trim() { sed 's/^ *//; s/ *$//' <<<"$1"; }
+while IFS='|' read -r name need limit command; do
+  [ -n "$(trim "$name")" ] || continue
+  name=$(trim "$name")
+  names+=("$name")
+  needs[$name]=$(trim "$need") limits[$name]=$(trim "$limit") commands[$name]=$(trim "$command")
+  status[$name]='not run' took[$name]=0 note[$name]='not reached'
+done < <(if [ -n "$stages" ]; then cat "$stages"; else plan; fi)
+
+source_hash() {
+  if [ -n "$stages" ]; then cat "$stages"; else
+    find fastlm kernels benchmarks tests -name '*.py' -print0 | sort -z | xargs -0 cat benchmarks/gpu.sh
+  fi | sha256sum | cut -c1-16
+}
+source=$(source_hash)
+
+# What an earlier call left, if it ran this very source.
+resumed=no
+if [ -f "$out/stages.tsv" ] && [ "$(head -1 "$out/stages.tsv")" = "source $source" ]; then
+  resumed=yes
+  while IFS=$'\t' read -r name was spent why; do
+    [ -n "${status[$name]:-}" ] && status[$name]=$was took[$name]=$spent note[$name]=$why
+  done < <(tail -n +2 "$out/stages.tsv")
+fi
+
+# Never tried first, then those that failed; what passed is done.
+pending() {
+  local name
+  for name in "${names[@]}"; do [ "${status[$name]}" = 'not run' ] && echo "$name"; done
+  for name in "${names[@]}"; do [[ ${status[$name]} =~ ^(failed|timed\ out)$ ]] && echo "$name"; done
+  true
+}
+
+if [ -n "$dry_run" ]; then
+  echo "source $source, resumed: $resumed, budget $seconds s"
+  left=$seconds
+  for name in $(pending); do
+    if [ "$left" -lt "${needs[$name]}" ]; then verdict="does not fit any more"; else verdict="runs"; fi
+    printf '%-26s %-22s needs %4s s, may take %4s s: %s\n' \
+      "$name" "$verdict" "${needs[$name]}" "${limits[$name]}" "${commands[$name]}"
+    [ "$verdict" = runs ] && left=$((left - needs[$name]))
+  done
+  for name in "${names[@]}"; do [ "${status[$name]}" = passed ] && echo "$name passed before"; done
+  exit 0
+fi
+
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+log=$out/log.txt
+[ "$resumed" = yes ] || : >"$log"
+
+save() {
+  local name
+  {
+    echo "source $source"
+    for name in "${names[@]}"; do
+      printf '%s\t%s\t%s\t%s\n' "$name" "${status[$name]}" "${took[$name]}" "${note[$name]}"
+    done
+  } >"$out/stages.tsv"
+}
+
+# Everything that runs sees the package through an editable install, which needs no network.
+if [ -z "$stages" ]; then
+  {
+    nvidia-smi || echo "nvidia-smi is missing"
+    "$python" -m pip install --quiet --no-deps --no-build-isolation -e . &&
+      "$python" -P -c 'import sys, torch, triton, fastlm.functional
+print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)
+print(torch.cuda.get_device_name())'
+  } 2>&1 | tee -a "$log" || { echo "the package cannot be installed and imported here" >&2; exit 1; }
+fi
+
+reserve=15 # for the table
+for name in $(pending); do
+  left=$((seconds - SECONDS - reserve))
+  if [ "$left" -lt "${needs[$name]}" ]; then
+    [ "${status[$name]}" = 'not run' ] && note[$name]="needs ${needs[$name]} s, ${left} s were left"
+    continue
+  fi
+  limit=$((left < limits[$name] ? left : limits[$name]))
+  fresh=''
+  [ "${status[$name]}" = 'not run' ] && fresh=--fresh
+  echo "== $name, at most $limit s" | tee -a "$log"
+  # so that a call cut off from outside is taken up here as a stage that ran out of time
+  status[$name]='timed out' note[$name]='the call was cut off'
+  save
+  begun=$SECONDS code=0
+  export python out limit fresh
+  export -f run_tests run_benchmark
+  timeout --kill-after=10 "$limit" bash -euc "${commands[$name]}" 2>&1 | tee -a "$log" || code=$?
+  took[$name]=$((SECONDS - begun))
+  last=$(tail -n 1 "$log" | tr '\t' ' ' | cut -c1-100)
+  case $code in
+    0) status[$name]=passed note[$name]=$last ;;
+    77) status[$name]='not run' note[$name]=$last ;;
+    124 | 137) status[$name]='timed out' note[$name]="after $limit s" ;;
+    *) status[$name]=failed note[$name]="exit code $code: $last" ;;
+  esac
+  save
+done
+save
+rm -f "$out"/*.part
+
+{
+  [ -n "$stages" ] || "$python" benchmarks/run.py --show "$out" || true
+  printf '\n%-26s %-10s %7s  %s\n' stage result seconds note
+  for name in "${names[@]}"; do
+    printf '%-26s %-10s %7s  %s\n' "$name" "${status[$name]}" "${took[$name]}" "${note[$name]}"
+  done
+} | tee "$out/table.txt"
+for name in "${names[@]}"; do [ "${status[$name]}" = passed ] || exit 1; done

@@ -1,0 +1,167 @@
+"""The benchmark commands, seen from outside: rows, resuming, and no speed for a wrong result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GPU_SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+# real kernels and real speed: the interpreter is for the tests around this one
+PLAIN = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+FIELDS = {
+    "op", "mode", "provider", "shape", "dtype", "ms_p50", "ms_p20", "ms_p80", "tflops", "gbps",
+    "fraction_of_peak", "peak_mib", "max_rel_err",
+}  # fmt: skip
+
+# As long as the plan, with every way a stage can end.
+STAGES = """
+good  | 1   | 9   | echo fine
+bad   | 1   | 9   | echo broken; test -e "$out/mended"
+slow  | 1   | 1   | sleep 30
+lacks | 1   | 9   | echo "pytest is missing"; exit 77
+large | 500 | 600 | echo never
+"""
+
+
+def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
+
+
+def benchmark(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "benchmarks" / "run.py"
+    return run(
+        sys.executable, script, *arguments, "--device", "cpu", "--quick", "--out", out, env=PLAIN
+    )
+
+
+def test_rows_have_the_fields_readers_rely_on_and_a_second_call_adds_none(tmp_path):
+    first = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
+    assert first.returncode == 0, first.stdout + first.stderr
+    content = json.loads((tmp_path / "cross_entropy.quick.json").read_text())
+    assert {"device", "torch", "triton", "git", "date", "ceilings"} <= content["env"].keys()
+    assert {(r["mode"], r["provider"]) for r in content["rows"]} == {
+        (mode, provider) for mode in ("fwd", "fwd_bwd") for provider in ("torch", "fastlm")
+    }
+    for row in content["rows"]:
+        assert row.keys() == FIELDS
+        assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert 0 < row["max_rel_err"] < 1e-3
+    benchmark(tmp_path, "cross_entropy")
+    assert (
+        json.loads((tmp_path / "cross_entropy.quick.json").read_text())["rows"] == content["rows"]
+    )
+
+
+def test_a_wrong_result_has_no_speed(tmp_path):
+    planted = f"""
+import torch
+from fastlm.ops.eager import cross_entropy
+right = cross_entropy.backward
+cross_entropy.backward = lambda *args: right(*args) * 1.001
+from fastlm.benchmarks.__main__ import main
+options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
+raise SystemExit(main(["cross_entropy", *options]))
+"""
+    done = run(sys.executable, "-P", "-c", planted, env=PLAIN)
+    assert done.returncode == 1, done.stdout + done.stderr
+    forward, backward = json.loads((tmp_path / "cross_entropy.quick.json").read_text())["rows"]
+    assert "ms_p50" in forward
+    assert "ms_p50" not in backward
+    assert "AssertionError" in backward["failed"]
+
+
+def test_unknown_benchmark_is_a_usage_error(tmp_path):
+    done = benchmark(tmp_path, "atention")
+    assert done.returncode == 2
+    assert "'atention'" in done.stderr
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """Run gpu.sh on the stages above; returns the exit code, what it printed and the table."""
+    (tmp_path / "stages").write_text(STAGES)
+    out = tmp_path / "out"
+
+    def call(*arguments: object, seconds: int = 60) -> tuple[int, str, dict[str, str]]:
+        done = run(
+            GPU_SCRIPT,
+            "--seconds",
+            seconds,
+            "--out",
+            out,
+            "--stages",
+            tmp_path / "stages",
+            *arguments,
+        )
+        state = out / "stages.tsv"
+        lines = state.read_text().splitlines()[1:] if state.exists() else []
+        return done.returncode, done.stdout, dict(line.split("\t")[:2] for line in lines)
+
+    call.out = out
+    return call
+
+
+def test_gpu_script_never_calls_passed_what_was_not_run(gpu):
+    code, printed, results = gpu()
+    assert code == 1
+    assert results == {
+        "good": "passed", "bad": "failed", "slow": "timed out", "lacks": "not run",
+        "large": "not run",
+    }  # fmt: skip
+    table = printed[printed.rindex("stage ") :]
+    assert "needs 500 s" in table
+    assert "pytest is missing" in table
+    assert len(list(gpu.out.iterdir())) <= 8
+
+
+def test_gpu_script_resumes_with_what_was_never_tried(gpu):
+    gpu()
+    (gpu.out / "mended").touch()
+    _, printed, results = gpu()
+    begun = [line.split()[1].rstrip(",") for line in printed.splitlines() if line.startswith("==")]
+    assert begun == ["lacks", "bad", "slow"]
+    assert results["good"] == results["bad"] == "passed"
+
+
+def test_gpu_script_starts_over_when_the_source_changes(gpu, tmp_path):
+    gpu()
+    (tmp_path / "stages").write_text("good | 1 | 9 | echo again\n")
+    code, printed, results = gpu()
+    assert "== good" in printed
+    assert (code, results) == (0, {"good": "passed"})
+
+
+def test_gpu_script_takes_up_a_call_that_was_cut_off(gpu, tmp_path):
+    stages = "first | 1 | 9 | kill -9 $PPID; sleep 2\nsecond | 1 | 9 | true\n"
+    (tmp_path / "stages").write_text(stages.replace("$PPID", '"$script"'))
+    script = run("bash", "-c", f'export script=$$; exec "{GPU_SCRIPT}" --seconds 60 '
+                 f'--out "{gpu.out}" --stages "{tmp_path / "stages"}"')  # fmt: skip
+    assert script.returncode == -9
+    assert "first\ttimed out" in (gpu.out / "stages.tsv").read_text()
+    _, _, results = gpu("--dry-run")
+    assert results == {"first": "timed out", "second": "not run"}
+
+
+def test_gpu_script_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
+    done = run(GPU_SCRIPT, "--seconds", 200, "--out", tmp_path / "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+    for op in ("attention", "cross_entropy", "linear_cross_entropy"):
+        assert f"test-{op} " in done.stdout
+        assert f"time-{op} " in done.stdout
+    assert "runs" in done.stdout
+    assert "does not fit any more" in done.stdout
+
+
+def test_gpu_script_explains_itself_when_called_wrongly():
+    for arguments in ([], ["--seconds", "many", "--out", "x"], ["--nonsense"], ["--seconds"]):
+        done = run(GPU_SCRIPT, *arguments)
+        assert done.returncode == 2
+        assert "--seconds N --out DIR" in done.stderr
