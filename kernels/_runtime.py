@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +40,24 @@ SHARED_MEMORY = {
 _SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 
 
+# The architecture that plans are made for away from a GPU.
+_pretended = 90
+
+
 def modelled(arch: int) -> Device:
     """The largest product of an architecture, for plans made away from a GPU."""
     return Device(arch, _SMS[arch], SHARED_MEMORY[arch])
+
+
+@contextlib.contextmanager
+def pretend(arch: int) -> Iterator[None]:
+    """Make plans for tensors outside a GPU as if they were on ``arch``."""
+    global _pretended
+    before, _pretended = _pretended, arch
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 @functools.cache
@@ -53,10 +70,10 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The device a launch plan for ``tensor`` is made for; Hopper where there is no GPU."""
+    """The device a launch plan for ``tensor`` is made for; off a GPU, Hopper or what is pretended."""
     if tensor.is_cuda:
         return _cuda_device(tensor.device.index)
-    return modelled(90)
+    return modelled(_pretended)
 
 
 def refuses_device(tensor: torch.Tensor, name: str) -> str | None:
