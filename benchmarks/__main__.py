@@ -26,6 +26,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 when a result of fastlm was wrong or a case could not run."""
     options = _parse(argv)
+    if options.show:
+        return _show(options.show)
     device = options.device
     for op in options.ops:
         importlib.import_module(f"fastlm.benchmarks.{op}")
@@ -73,11 +75,21 @@ def _run_op(
                 rows.append(row)
                 print(_report.line(row), flush=True)
         _report.save(path, env, rows)
-        torch.compiler.reset()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
         del case
         if options.device == "cuda":
             torch.cuda.empty_cache()
     return not any("failed" in row for row in rows if row["provider"] == "fastlm")
+
+
+def _show(folder: Path) -> int:
+    paths = sorted(folder.glob("*.json"))
+    for path in paths:
+        content = json.loads(path.read_text())
+        print(f"\n{path.stem}\n{_report.heading(content['env'])}\n{_report.HEADER}")
+        print(*map(_report.line, content["rows"]), sep="\n")
+    return 0 if paths else 1
 
 
 def _stub(op: str, problem: Problem, mode: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -101,6 +113,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", default=(), metavar="provider", help="time these providers alone")
     add("--out", type=Path, metavar="DIR", help="benchmarks/results/<device> by default")
     add("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    add("--show", type=Path, metavar="DIR", help="print the tables of a folder and time nothing")
     add("--fresh", action="store_true", help="run every case anew, whatever --out holds")
     options = parser.parse_args(argv)
     for op in options.ops:

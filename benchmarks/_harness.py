@@ -183,6 +183,16 @@ def run_case(
         }
 
 
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` through torch.compile, for the very shapes it is called with."""
+
+    @functools.cache
+    def build() -> Callable[..., Tensor]:
+        return torch.compile(function, dynamic=False)
+
+    return lambda *args: build()(*args)
+
+
 def call_plain(case: Case, mode: str) -> Outputs:
     """The yardstick's result, where it is not timed itself."""
     return _outputs(next(iter(case.providers.values())), case.inputs, mode)

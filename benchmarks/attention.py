@@ -9,7 +9,7 @@ from torch import Tensor
 import fastlm
 from fastlm.ops.reference import attention as reference
 
-from ._harness import Case, Outputs, Problem, benchmark, cotangent
+from ._harness import Case, Outputs, Problem, benchmark, compiled, cotangent
 
 
 def _sizes(*lengths: int, tokens: int, width: int, head_dims: tuple[int, ...]) -> list[Problem]:
@@ -58,7 +58,7 @@ def attention(shape: dict[str, int], dtype: torch.dtype, device: str) -> Case:
         providers={
             "sdpa": sdpa,
             "torch": eager,
-            "torch.compile": torch.compile(eager, dynamic=False),
+            "torch.compile": compiled(eager),
             "fastlm": fastlm.causal_attention,
         },
         truth=truth,

@@ -9,7 +9,7 @@ from torch import Tensor
 import fastlm
 from fastlm.ops.reference import cross_entropy as reference
 
-from ._harness import Case, Outputs, Problem, benchmark
+from ._harness import Case, Outputs, Problem, benchmark, compiled
 
 GPU = [Problem({"N": 8192, "V": vocab_size}) for vocab_size in (32_000, 50_257, 128_256)]
 CPU = [Problem({"N": 256, "V": vocab_size}) for vocab_size in (8_192, 50_257)]
@@ -34,7 +34,7 @@ def cross_entropy(shape: dict[str, int], dtype: torch.dtype, device: str) -> Cas
         inputs=(logits, target),
         providers={
             "torch": torch_loss,
-            "torch.compile": torch.compile(torch_loss, dynamic=False),
+            "torch.compile": compiled(torch_loss),
             "fastlm": fastlm.cross_entropy,
         },
         truth=truth,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastlm
 
-from ._harness import Case, Outputs, Problem, benchmark
+from ._harness import Case, Outputs, Problem, benchmark, compiled
 
 GPU = [
     Problem({"N": 4096, "C": 768, "V": 50_257}),
@@ -41,7 +41,7 @@ def linear_cross_entropy(shape: dict[str, int], dtype: torch.dtype, device: str)
         inputs=(hidden, weight, target),
         providers={
             "torch": torch_loss,
-            "torch.compile": torch.compile(torch_loss, dynamic=False),
+            "torch.compile": compiled(torch_loss),
             **({"torch.fused": F.linear_cross_entropy} if FUSED else {}),
             "fastlm": fastlm.linear_cross_entropy,
         },
