@@ -15,6 +15,8 @@ _HOMES = {
     "CausalLM": "fastlm.model.transformer",
     "CausalLMConfig": "fastlm.model.config",
     "KernelMismatch": "fastlm.functional",
+    "LanguageModel": "fastlm.inference.language_model",
+    "ModelFileError": "fastlm.model.checkpoint",
     "apply_rotary": "fastlm.functional",
     "causal_attention": "fastlm.functional",
     "checked": "fastlm.functional",
@@ -22,6 +24,8 @@ _HOMES = {
     "explain": "fastlm.functional",
     "functional": "",
     "glu": "fastlm.functional",
+    "linear_cross_entropy": "fastlm.functional",
+    "load": "fastlm.inference.language_model",
     "nn": "",
     "rms_norm": "fastlm.functional",
     "swiglu": "fastlm.functional",
@@ -37,9 +41,12 @@ if TYPE_CHECKING:
         cross_entropy,
         explain,
         glu,
+        linear_cross_entropy,
         rms_norm,
         swiglu,
     )
+    from fastlm.inference.language_model import LanguageModel, load
+    from fastlm.model.checkpoint import ModelFileError
     from fastlm.model.config import CausalLMConfig
     from fastlm.model.transformer import CausalLM
 
@@ -47,6 +54,8 @@ __all__ = [
     "CausalLM",
     "CausalLMConfig",
     "KernelMismatch",
+    "LanguageModel",
+    "ModelFileError",
     "__version__",
     "apply_rotary",
     "causal_attention",
@@ -54,6 +63,8 @@ __all__ = [
     "cross_entropy",
     "explain",
     "glu",
+    "linear_cross_entropy",
+    "load",
     "rms_norm",
     "swiglu",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with shared key/value heads and rotary positions.
 
     The projections are called ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, as in Hugging
-    Face's Llama and Qwen3, and no tensor is transposed on the way to :func:`fastlm.causal_attention`.
+    Face's Llama and Qwen3, and no tensor is transposed on the way to
+    :func:`fastlm.causal_attention`.
 
     Args:
         hidden_size: C, width of input and output.
@@ -103,5 +105,5 @@ class CausalSelfAttention(nn.Module):
             query, key = apply_rotary(query, key, *rotary)
         if extend is not None:
             key, value = extend(key, value)
-        out = causal_attention(query, key, value)
+        out = cast(Tensor, causal_attention(query, key, value))
         return self.o_proj(out.flatten(2))

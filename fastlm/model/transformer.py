@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.model import checkpoint
 from fastlm.model.config import ACTIVATIONS, CausalLMConfig
+from fastlm.model.generate import generate
 from fastlm.model.kv_cache import KVCache
+from fastlm.model.sampling import Sampling, new_generator
 from fastlm.nn import CausalSelfAttention, RMSNorm
 from fastlm.ops.glu import glu
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -69,6 +73,92 @@ class CausalLM(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.ones_(parameter)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> CausalLM:
+        """Read a folder in Hugging Face's layout, a Qwen3 or Llama model, sharded or not.
+
+        Args:
+            folder: Holds ``config.json`` and safetensors.
+            dtype: Of the weights; None for that of the file.
+            device: Of the weights.
+
+        Raises:
+            ModelFileError: Something is missing, damaged or not supported; the message says what.
+        """
+        config = checkpoint.read_config(folder)
+        device = torch.device(device)
+        with torch.device("meta"):
+            model = cls(config)
+        tied = config.tie_word_embeddings
+        checkpoint.load_weights(model, folder, tied=tied, dtype=dtype, device=device)
+        model.tie_weights()
+        model.model.rotary.to_empty(device=device)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that transformers' ``AutoModelForCausalLM`` and we read.
+
+        Files that are there are replaced, each once the new one is complete.
+        """
+        checkpoint.save(folder, self.config, self.state_dict())
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Continue token ids.
+
+        Ends after ``max_new_tokens``, when every row has ended, or when prompt and continuation
+        fill the context.
+
+        Args:
+            input_ids: ``(B, T)``, prompts of one length, T from 1 to the context.
+            max_new_tokens: At most this many more.
+            temperature: 0, the default, takes the most likely token; see
+                :class:`fastlm.model.sampling.Sampling` for this and the next three.
+            top_k: Keep the k most likely.
+            top_p: Keep the most likely that reach this probability.
+            min_p: Keep those at least this fraction as likely as the most likely.
+            seed: Equal seeds give equal tokens.  The global generators are not used.
+            eos_token_id: A row ends with this token, or one of these; None for the config's.
+
+        Returns:
+            ``(B, T + new)``, prompts included; after its end a row holds the config's pad token, or
+            where there is none the first token that ends a row.
+
+        Raises:
+            ValueError: An argument is out of range; the message names it.
+            FloatingPointError: The model's logits are not finite.
+        """
+        _check_ids(input_ids, "input_ids")
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        eos = self.config.eos_token_ids if eos_token_id is None else eos_token_id
+        eos = (eos,) if isinstance(eos, int) else eos
+        pad = self.config.pad_token_id
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens,
+            sampling,
+            new_generator(seed, input_ids.device),
+            eos,
+            (eos[0] if eos else 0) if pad is None else pad,
+        )
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
         """An empty cache for ``model(input_ids, cache=cache)``.
@@ -225,10 +315,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
-        sizes = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
+        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(outer, inner, bias=bias)
+        self.up_proj = nn.Linear(outer, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, outer, bias=bias)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:

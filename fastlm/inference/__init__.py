@@ -1,0 +1,1 @@
+"""Text in, text out: a model with its tokenizer."""

@@ -1,0 +1,213 @@
+"""Models as folders in Hugging Face's layout: JSON and safetensors, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastlm.model.config import CausalLMConfig
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+# written by early versions of transformers; computed from the config everywhere
+_COMPUTED = "rotary_emb.inv_freq"
+_NAMES_SHOWN = 4
+
+
+class ModelFileError(ValueError):
+    """A model folder, or a file in it, that cannot be used; one line says what and why."""
+
+
+def save(
+    folder: str | os.PathLike[str], config: CausalLMConfig, state: Mapping[str, Tensor]
+) -> None:
+    """Write ``config.json``, ``generation_config.json`` and ``model.safetensors``.
+
+    Each file appears under its name only when it is complete.  A tied head is left out, as Hugging
+    Face does.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    if config.tie_word_embeddings:
+        del tensors[HEAD]
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS)
+    _write_json(folder / CONFIG, {**config.to_dict(), "dtype": dtype})
+    values = config.to_dict()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: values[name] for name in names if values[name] is not None}
+    _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **tokens})
+
+
+def read_config(folder: str | os.PathLike[str]) -> CausalLMConfig:
+    """The config of a model folder; the tokens that end a text are those of its generation config.
+
+    Raises:
+        ModelFileError: The folder or the file is missing, unreadable, or asks for another model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelFileError(f"{folder}: no such folder")
+    values = read_json(folder / CONFIG)
+    if (folder / GENERATION_CONFIG).exists():
+        generation = read_json(folder / GENERATION_CONFIG)
+        if generation.get("eos_token_id") is not None:
+            values["eos_token_id"] = generation["eos_token_id"]
+    try:
+        return CausalLMConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ModelFileError(f"{folder / CONFIG}: {error}") from error
+
+
+def load_weights(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tied: bool,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Give ``model``, which may be on the meta device, the weights of a folder.
+
+    Args:
+        model: Its state dict names and shapes are what the files must hold.
+        folder: Model folder.
+        tied: The head shares the embedding's weight, so the files may leave it out.
+        dtype: Of the loaded weights; None for that of the embedding in the files.
+        device: Of the loaded weights.
+
+    Raises:
+        ModelFileError: A file is missing, damaged or a pickle, or tensors are missing, unknown or
+            of other shapes.
+    """
+    folder = Path(folder)
+    tensors = {
+        name: tensor
+        for path in _weight_files(folder)
+        for name, tensor in _read_tensors(path, device).items()
+        if not name.endswith(_COMPUTED)
+    }
+    if tied and HEAD in tensors and EMBEDDING in tensors:
+        if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+            raise ModelFileError(
+                f"{folder}: {HEAD} must equal {EMBEDDING}, as the config ties them"
+            )
+        del tensors[HEAD]
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if tied:
+        del expected[HEAD]
+    _check_names(folder, expected, tensors)
+    dtype = tensors[EMBEDDING].dtype if dtype is None else dtype
+    state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelFileError: The file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFileError(f"{path.parent}: {path.name} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelFileError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelFileError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).exists():
+        names = [WEIGHTS]
+    elif (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelFileError(f"{folder / INDEX}: weight_map must be an object")
+        names = sorted({str(name) for name in weight_map.values()})
+    else:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        if pickles:
+            raise ModelFileError(
+                f"{folder / pickles[0]}: is a pickle, which can run code when it is opened; "
+                f"convert it to {WEIGHTS}"
+            )
+        raise ModelFileError(f"{folder}: {WEIGHTS} is missing")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelFileError(
+                f"{folder / INDEX}: {name!r} must name a safetensors file beside it"
+            )
+        if not (folder / name).exists():
+            raise ModelFileError(f"{folder}: {name} is missing")
+        _check_link(folder, folder / name)
+    return [folder / name for name in names]
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """Refuse links out of the folder, except to the blobs of a Hugging Face cache it is part of."""
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(place) for place in inside):
+        raise ModelFileError(f"{path}: is a link to outside the folder, {path.resolve()}")
+
+
+def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # a copy: what safetensors returns is the file in memory, and changes with it
+            return {
+                name: file.get_tensor(name).to(device, copy=True, non_blocking=False)
+                for name in file.keys()  # noqa: SIM118
+            }
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path}: is damaged: {error}") from error
+
+
+def _check_names(
+    folder: Path, expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
+) -> None:
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    if missing:
+        raise ModelFileError(f"{folder}: weights are missing: {_listed(missing)}")
+    if unknown:
+        raise ModelFileError(
+            f"{folder}: weights that the config has no place for: {_listed(unknown)}"
+        )
+    misshapen = [
+        f"{name} has {tuple(tensor.shape)}, must have {tuple(expected[name])}"
+        for name, tensor in tensors.items()
+        if tensor.shape != expected[name]
+    ]
+    if misshapen:
+        raise ModelFileError(f"{folder}: weights of other shapes: {_listed(misshapen)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
