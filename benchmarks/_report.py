@@ -88,13 +88,13 @@ def line(row: dict[str, Any]) -> str:
     kernel = f"  {row['kernel'][:60]}" if "kernel" in row else ""
     return (
         f"{start}{row['ms_p50']:>10.3f}{row['ms_p20']:>10.3f}{row['ms_p80']:>10.3f}"
-        f"{row['tflops']:>9.2f}{row['gbps']:>8.1f}{row['fraction_of_peak']:>9.1%}"
+        f"{row['tflops']:>9.3f}{row['gbps']:>8.1f}{row['fraction_of_peak']:>9.1%}"
         f"{peak:>8}{row['max_rel_err']:>9.1e}{kernel}"
     )
 
 
 def heading(env: dict[str, Any]) -> str:
-    rates = ", ".join(f"{k} {v:.2f} TFLOP/s" for k, v in env["ceilings"]["tflops"].items())
+    rates = ", ".join(f"{k} {v:.3g} TFLOP/s" for k, v in env["ceilings"]["tflops"].items())
     return (
         f"{env['device']}, driver {env['driver'] or '-'}, torch {env['torch']}, triton "
         f"{env['triton'] or '-'}, commit {env['git']}\n"

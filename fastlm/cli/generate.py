@@ -1,0 +1,60 @@
+"""``fastlm generate``: continue a prompt, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from fastlm.cli._flags import parse
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a prompt with a trained model.
+
+    Ends at an end-of-text token, before a stop string, after max_new_tokens, or when prompt and
+    continuation fill the context.
+    """
+
+    run: Positional[str]
+    """Run folder, or any model folder in Hugging Face's layout."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: int = 128
+    """At most this many tokens."""
+    temperature: float | None = None
+    """0 takes the most likely token each time, more makes it bolder. None: 0, or 1 with one of the
+    next three."""
+    top_k: int | None = None
+    """Draw from the k most likely tokens."""
+    top_p: float | None = None
+    """Draw from the most likely tokens that together reach this probability."""
+    min_p: float | None = None
+    """Draw from the tokens at least this fraction as likely as the most likely."""
+    seed: int | None = None
+    """Equal seeds give equal text."""
+    stop: tuple[str, ...] = ()
+    """Strings to end before."""
+
+    def __post_init__(self) -> None:
+        # before the model is read; what torch need not judge is judged by generate itself
+        if self.temperature is not None and not math.isfinite(self.temperature):
+            raise ValueError(f"generate: temperature must be finite, got {self.temperature}")
+
+
+def run(argv: Sequence[str]) -> int:
+    options = dataclasses.asdict(parse(GenerateOptions, "generate", argv))
+    # here and not above: help needs no torch
+    from fastlm.inference.language_model import load
+
+    model = load(options.pop("run"))
+    prompt = options["prompt"]
+    print(prompt, end="", flush=True)
+    for item in model.stream(**options):
+        print(item.text, end="", flush=True)
+    print()
+    return 0

@@ -1,0 +1,54 @@
+"""``fastlm next``: the distribution of the next token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from fastlm.cli._flags import parse
+
+if TYPE_CHECKING:
+    from fastlm.inference.next_token import NextToken
+
+
+@dataclass(frozen=True)
+class NextOptions:
+    """Show the distribution of the next token after a prompt."""
+
+    run: Positional[str]
+    """Run folder, or any model folder in Hugging Face's layout."""
+    prompt: Positional[str]
+    """Text before the token."""
+    top_k: int = 10
+    """How many of the most likely tokens to show."""
+    temperature: float = 1.0
+    """Divides the logits; 1 shows what the model believes."""
+    plot: str | None = None
+    """Also draw the bars into this file, next.png for example."""
+    json: bool = False
+    """Print JSON instead of bars."""
+
+
+def run(argv: Sequence[str]) -> int:
+    options = parse(NextOptions, "next", argv)
+    # here and not above: help needs no torch
+    from fastlm.inference.language_model import load
+
+    found = load(options.run).next_token(options.prompt, options.top_k, options.temperature)
+    if options.plot is not None:
+        found.plot(options.plot)
+    print(json.dumps(found.to_dict(), indent=1) if options.json else described(found))
+    return 0
+
+
+def described(found: NextToken) -> str:
+    """Prompt, bars and summary."""
+    return (
+        f"next token after {found.prompt!r}\n{found.bars()}\n"
+        f"temperature {found.temperature:g}, entropy {found.entropy:.2f} nats, "
+        f"{len(found.ids)} of {found.vocab_size:,} tokens cover {found.covered:.1%}"
+    )
