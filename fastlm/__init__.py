@@ -17,6 +17,8 @@ _HOMES = {
     "KernelMismatch": "fastlm.functional",
     "LanguageModel": "fastlm.inference.language_model",
     "ModelFileError": "fastlm.model.checkpoint",
+    "TrainConfig": "fastlm.training.config",
+    "TrainResult": "fastlm.training.loop",
     "apply_rotary": "fastlm.functional",
     "causal_attention": "fastlm.functional",
     "checked": "fastlm.functional",
@@ -30,6 +32,7 @@ _HOMES = {
     "rms_norm": "fastlm.functional",
     "swiglu": "fastlm.functional",
     "testing": "",
+    "train": "fastlm.training.loop",
 }
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from fastlm.model.checkpoint import ModelFileError
     from fastlm.model.config import CausalLMConfig
     from fastlm.model.transformer import CausalLM
+    from fastlm.training.config import TrainConfig
+    from fastlm.training.loop import TrainResult, train
 
 __all__ = [
     "CausalLM",
@@ -56,6 +61,8 @@ __all__ = [
     "KernelMismatch",
     "LanguageModel",
     "ModelFileError",
+    "TrainConfig",
+    "TrainResult",
     "__version__",
     "apply_rotary",
     "causal_attention",
@@ -67,6 +74,7 @@ __all__ = [
     "load",
     "rms_norm",
     "swiglu",
+    "train",
 ]
 
 
