@@ -11,11 +11,21 @@ from fastlm.ops._explain import Explanation
 from fastlm.ops.attention import causal_attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu, swiglu
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import apply_rotary
 
 OPS = {
-    op.__name__: op for op in (apply_rotary, causal_attention, cross_entropy, glu, rms_norm, swiglu)
+    op.__name__: op
+    for op in (
+        apply_rotary,
+        causal_attention,
+        cross_entropy,
+        glu,
+        linear_cross_entropy,
+        rms_norm,
+        swiglu,
+    )
 }
 
 __all__ = ["Explanation", "KernelMismatch", "checked", "explain", *OPS]

@@ -45,6 +45,11 @@ def define_op(
 
     def run(*args: Any) -> Any:
         *inputs, wanted = args
+        device_type = next(x for x in inputs if isinstance(x, torch.Tensor)).device.type
+        if torch.is_autocast_enabled(device_type):
+            # it has cast the inputs where it should; inside, dtypes are chosen
+            with torch.autocast(device_type, enabled=False):
+                return run(*args)
         chosen, implementation = choose(op, step, backends, wanted, inputs)
         if chosen != "reference" and _checked.is_on():
             return _checked.run(op, step, chosen, implementation, definition, inputs)

@@ -1,0 +1,154 @@
+"""What every backend of a chunked linear loss shares: chunk sizes and products with a wide result.
+
+Wide is the dtype sums are kept in: float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Logits held at once, in elements, and the fewest and most rows of a chunk.
+#   CPU: 16 MB of float32 stay in the last-level cache; below 256 rows the weight gradient, read and
+#   written by every chunk, takes over 2 % of the time.
+#   GPU: the same reasoning puts the fewest at 1,024 (at 250 rows that traffic equals the products).
+_CPU_LIMITS = (1 << 22, 256, 4_096)
+_GPU_LIMITS = (1 << 28, 1_024, 8_192)
+
+# Up to this vocab_size the gradient of the logits stays wide in the products that follow: they are
+# short, and one or two large elements of a row would show their rounding.
+_WIDE_OPERANDS = 128
+
+# Probabilities of a large vocabulary are subnormal in float16.  The gradient of the logits is at
+# most 1, so a power of two below 65,504 moves it up without overflow; the products take it out.
+_FLOAT16_SCALE = 4_096.0
+
+# Elements of a narrow matrix that are widened at once on CPU: 64 MB of float32.
+_WIDENED_AT_ONCE = 1 << 24
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def rows_per_chunk(num_rows: int, vocab_size: int, device_type: str) -> int:
+    """Rows whose logits are held at once: a function of shapes only, so that results repeat.
+
+    The chunks are of even size, so the last one is no sliver.
+    """
+    elements, fewest, most = _CPU_LIMITS if device_type == "cpu" else _GPU_LIMITS
+    limit = max(fewest, min(most, elements // vocab_size))
+    num_chunks = max(1, -(-num_rows // limit))
+    return max(1, -(-num_rows // num_chunks))
+
+
+def matmul(
+    out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, alpha: float = 1.0
+) -> None:
+    """``out = alpha a @ b``, added to ``out`` with ``accumulate``; summed in the dtype of ``out``.
+
+    Args:
+        out: ``(M, N)``, wide.
+        a: ``(M, K)``, wide or narrow.
+        b: ``(K, N)``, wide or narrow.
+        accumulate: Without it ``out`` may hold anything.
+        alpha: Factor of the product.
+    """
+    beta = int(accumulate)
+    if a.dtype == b.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif out.is_cuda and a.dtype == b.dtype:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        # only CUDA multiplies narrow matrices into a wide one; widening them first is exact
+        a = a.to(out.dtype)
+        step = max(1, _WIDENED_AT_ONCE // max(1, b.shape[0]))
+        for part, columns in zip(out.split(step, 1), b.split(step, 1), strict=True):
+            torch.addmm(part, a, columns.to(out.dtype), beta=beta, alpha=alpha, out=part)
+
+
+def add_rows(out: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``out[rows[i]] += values[i]``, always summed in the same order."""
+    if out.is_cuda:
+        # sorts first, where index_add_ would use atomics
+        out.index_put_((rows,), values, accumulate=True)
+    else:
+        # walks the rows in order, where index_put_ would use atomics
+        out.index_add_(0, rows, values)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How the gradient of the logits enters the products: its dtype, and the factor it carries."""
+
+    dtype: torch.dtype
+    scale: float = 1.0
+
+
+def tensor_core_operand(input: Tensor, vocab_size: int) -> Operand:
+    """The dtype of ``input``, since both operands need the same; wide if that would show."""
+    if vocab_size <= _WIDE_OPERANDS or input.dtype == wide_dtype(input):
+        return Operand(wide_dtype(input))
+    return Operand(input.dtype, _FLOAT16_SCALE if input.dtype == torch.float16 else 1.0)
+
+
+class LinearGradients:
+    """Gradients of a linear layer, gathered from chunks of the gradient of its output.
+
+    The element of a row at its target is near -1 everywhere, so that its rounding to a narrow
+    operand would add up instead of cancelling; what it lost is added back in wide arithmetic.
+
+    Attributes:
+        dinput: ``(N, C)`` wide, or empty.
+        dweight: ``(V, C)`` wide, or empty; written by the first chunk.
+    """
+
+    def __init__(
+        self, input: Tensor, weight: Tensor, operand: Operand, need_input: bool, need_weight: bool
+    ) -> None:
+        wide = wide_dtype(input)
+        self._input, self._weight, self._operand = input, weight, operand
+        self._need_input, self._need_weight = need_input, need_weight
+        self.dinput = input.new_empty(input.shape if need_input else 0, dtype=wide)
+        self.dweight = input.new_empty(weight.shape if need_weight else 0, dtype=wide)
+        if input.shape[0] == 0:
+            self.dweight.zero_()
+
+    def add(self, rows: slice, dlogits: Tensor, targets: Tensor, residuals: Tensor | None) -> None:
+        """Take in one chunk.
+
+        Args:
+            rows: Which rows of the input these are.
+            dlogits: ``(rows, V)`` in the dtype of the operand and times its scale.
+            targets: ``(rows,)`` in ``[0, V)``.
+            residuals: ``(rows,)`` wide: what rounding took from ``dlogits`` at the target, times
+                the scale; not read if the operand is wide.
+        """
+        x, alpha = self._input[rows], 1.0 / self._operand.scale
+        if self._operand.dtype == wide_dtype(x):
+            residuals = None
+        if residuals is not None:
+            residuals = (residuals * alpha)[:, None]
+        if self._need_input:
+            dinput = self.dinput[rows]
+            matmul(dinput, dlogits, self._weight, alpha=alpha)
+            if residuals is not None:
+                dinput.addcmul_(self._weight[targets].to(dinput.dtype), residuals)
+        if self._need_weight:
+            matmul(self.dweight, dlogits.t(), x, accumulate=rows.start > 0, alpha=alpha)
+            if residuals is not None:
+                add_rows(self.dweight, targets, x.to(self.dweight.dtype) * residuals)
+
+
+def within_float16(dlosses: Tensor, operand: Operand) -> tuple[Tensor, Tensor | None]:
+    """Incoming gradients of at most 1, and the factor that was taken out, for a float16 operand.
+
+    Gradients of a scaled loss, or of one divided by a count, leave the range of float16.
+    """
+    if operand.dtype != torch.float16 or dlosses.numel() == 0:
+        return dlosses, None
+    peak = dlosses.abs().amax()
+    peak = torch.where(peak > 0, peak, 1.0)
+    return dlosses / peak, peak

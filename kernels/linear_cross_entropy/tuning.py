@@ -1,0 +1,47 @@
+"""Launch settings of the linear cross-entropy kernels.
+
+They change speed and rounding, never meaning.  Chosen from ahead-of-time compilation (no spills,
+16-byte loads); not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    block_v: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# (largest vocab_size, settings), smallest first; the last row serves everything above it.
+LOSS = (
+    (1_024, Plan(block_v=1_024, num_warps=4)),
+    (1 << 62, Plan(block_v=4_096, num_warps=8)),
+)
+# Up to 32,768 a row is one block and stays in registers between its two passes.
+GRADIENT = (
+    (1_024, Plan(block_v=1_024, num_warps=4)),
+    (4_096, Plan(block_v=4_096, num_warps=8)),
+    (8_192, Plan(block_v=8_192, num_warps=8)),
+    (32_768, Plan(block_v=32_768, num_warps=32)),
+    (1 << 62, Plan(block_v=8_192, num_warps=16)),
+)
+TABLES = {"loss": LOSS, "gradient": GRADIENT}
+
+
+@dataclass(frozen=True)
+class BiasPlan:
+    block_r: int
+    block_v: int
+    num_warps: int
+    num_stages: int = 1
+
+
+BIAS = BiasPlan(block_r=16, block_v=128, num_warps=4)
+
+
+def plan(step: str, vocab_size: int) -> Plan:
+    return next(row for limit, row in TABLES[step] if vocab_size <= limit)
