@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
-_BAR, _REST, _INK, _FAINT = "#3b6ea8", "#c9ced6", "#1f2430", "#7a8190"
+_BAR, _LINE, _INK, _FAINT = "#2f6db3", "#c9ced6", "#1f2430", "#6b7280"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class NextToken:
         )
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the bars, and one for all other tokens, into a picture; its suffix says which kind.
+        """Draw the bars into a picture; the suffix of ``path`` says which kind.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -113,42 +113,36 @@ class NextToken:
             raise ModuleNotFoundError(
                 "plot needs matplotlib: pip install 'fastlm[plot]'", name=error.name
             ) from None
-        others = self.vocab_size - len(self.ids)
-        labels = [_label(token) for token in self.tokens]
-        probs, colours = list(self.probs), [_BAR] * len(self.probs)
-        if others:
-            labels.append(f"{others:,} others")
-            probs.append(max(0.0, 1.0 - self.covered))
-            colours.append(_REST)
-        rows = len(probs)
-        figure = Figure(figsize=(7.2, 1.5 + 0.34 * rows), dpi=160, layout="constrained")
+        rows = len(self.probs)
+        most = max(self.probs)
+        figure = Figure(figsize=(7.2, 1.3 + 0.33 * rows), dpi=160, layout="constrained")
         axes = figure.add_subplot()
-        axes.barh(range(rows), probs, color=colours, height=0.72)
-        axes.invert_yaxis()
-        axes.set_yticks(range(rows), labels, family="monospace", fontsize=10.5, color=_INK)
-        axes.set_xlim(0, 1.14 * max(probs))
+        bars = axes.barh(range(rows), self.probs, color=_BAR, height=0.74)
+        for bar, prob in zip(bars, self.probs, strict=True):
+            bar.set_alpha(0.35 + 0.65 * prob / most)
+        axes.set_ylim(rows - 0.4, -0.6)
+        axes.set_xlim(0, 1.12 * most)
+        labels = [_label(token) for token in self.tokens]
+        axes.set_yticks(range(rows), labels, family="monospace", fontsize=11, color=_INK)
         axes.set_xticks([])
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.spines["left"].set_color(_REST)
-        for row, prob in enumerate(probs):
+        axes.spines["left"].set_color(_LINE)
+        for row, prob in enumerate(self.probs):
             text = f"{prob:.1%}" if prob >= 0.001 else f"{prob:.0e}"
             axes.annotate(
                 text, (prob, row), (5, 0), textcoords="offset points", va="center",
-                fontsize=9.5, color=_INK if row < len(self.ids) else _FAINT,
+                fontsize=10, color=_INK,
             )  # fmt: skip
+        figure.suptitle(
+            f"Next token after {_quoted(self.prompt)}",
+            x=0.02, y=0.985, ha="left", fontsize=13, fontweight="bold", color=_INK,
+        )  # fmt: skip
+        others = self.vocab_size - rows
+        shared = f", {others:,} others share {max(0.0, 1 - self.covered):.1%}" if others else ""
         axes.set_title(
-            f"next token after {_quoted(self.prompt)}",
-            loc="left",
-            fontsize=11.5,
-            color=_INK,
-            pad=26,
-        )
-        axes.annotate(
-            f"temperature {self.temperature:g}   entropy {self.entropy:.2f} nats   "
-            f"top {len(self.ids)} cover {self.covered:.1%}",
-            (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points",
-            fontsize=9.5, color=_FAINT,
+            f"entropy {self.entropy:.2f} nats at temperature {self.temperature:g}{shared}",
+            loc="left", fontsize=10, color=_FAINT, pad=8,
         )  # fmt: skip
         figure.savefig(path)
 
@@ -166,4 +160,4 @@ def _label(token: str) -> str:
 
 def _quoted(prompt: str) -> str:
     shown = repr(prompt)[1:-1].replace("$", r"\$")
-    return f"“…{shown[-44:]}”" if len(shown) > 45 else f"“{shown}”"
+    return f"“…{shown[-39:]}”" if len(shown) > 40 else f"“{shown}”"
