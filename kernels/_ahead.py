@@ -26,6 +26,8 @@ from ._launch import Launch
 from ._runtime import INTERPRETED
 
 _INSTRUCTIONS = ("HGMMA", "HMMA", "LDL", "STL", "LDS", "LDSM")
+# at the start of a line, after an optional predicate such as @!P0
+_OPCODE = re.compile(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[.\s]", re.M)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def compile_launch(launch: Launch | Specialized, arch: int) -> Compiled:
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    opcodes = re.findall(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[.\s]", _without_addresses(code), re.M)
+    opcodes = _OPCODE.findall(re.sub(r"/\*[^*]*\*/", "", code))
     return Compiled(
         registers=numbers["REG"],
         stack=numbers["STACK"],
@@ -100,10 +102,6 @@ def compile_launch(launch: Launch | Specialized, arch: int) -> Compiled:
         instructions={name: opcodes.count(name) for name in _INSTRUCTIONS},
         ttir=kernel.asm["ttir"],
     )
-
-
-def _without_addresses(code: str) -> str:
-    return re.sub(r"/\*[^*]*\*/", "", code)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -61,7 +61,12 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
 ) -> None:
     """Run ``kernel`` on the device of its first tensor, on the current stream.
 

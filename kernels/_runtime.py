@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,15 +63,13 @@ def pretend(arch: int) -> Iterator[None]:
 
 @functools.cache
 def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)  # its stub lacks one attribute
     arch = 10 * properties.major + properties.minor
-    return Device(
-        arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
-    )
+    return Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The device a launch plan for ``tensor`` is made for; off a GPU, Hopper or what is pretended."""
+    """What a launch plan for ``tensor`` is made for; off a GPU, Hopper or what is pretended."""
     if tensor.is_cuda:
         return _cuda_device(tensor.device.index)
     return modelled(_pretended)

@@ -59,8 +59,8 @@ def run(
 ) -> Any:
     """Run ``implementation`` and compare each output with float64 truth.
 
-    The module of ``definition`` gives the yardstick: ``truth_<step>`` is the definition in float64, a
-    slice of rows at a time, and ``plain_<step>`` is what eager torch gives in the output's dtype.
+    The module of ``definition`` gives the yardstick: ``truth_<step>`` is the definition in float64,
+    a slice of rows at a time, and ``plain_<step>`` is what eager torch gives in the output's dtype.
 
     Raises:
         KernelMismatch: An output is further from the truth than the rule allows.
@@ -97,6 +97,6 @@ def _multiple(op: str, step: str, inputs: Sequence[Any]) -> float:
 
 def _summary(inputs: Sequence[Any]) -> str:
     return ", ".join(
-        f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+        f"{x.dtype}{list(x.shape)}".removeprefix("torch.") if isinstance(x, Tensor) else repr(x)
         for x in inputs
     )

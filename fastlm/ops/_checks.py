@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+INDEX_DTYPES = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+)  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -34,6 +34,10 @@ class Choice:
     backend: str | None
     refusals: dict[str, str]
 
+    @property
+    def reasons(self) -> str:
+        return "\n".join(f"  {name} refused: {why}" for name, why in self.refusals.items())
+
 
 @functools.cache
 def _load(module: str) -> ModuleType | str:
@@ -64,7 +68,8 @@ def weigh(
         ValueError: ``wanted`` is no backend's name.
     """
     if wanted not in ("auto", *BACKENDS):
-        raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {wanted!r}")
+        names = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{op}: backend must be one of {names}, got {wanted!r}")
     if wanted != "auto" and wanted not in backends:
         return Choice(None, {wanted: f"{op} has no {wanted} backend, only {', '.join(backends)}"})
     refusals: dict[str, str] = {}
@@ -91,11 +96,10 @@ def choose(
         NotImplementedError: Every backend asked refuses; the message gives each reason.
     """
     choice = weigh(op, step, backends, wanted, args)
-    reasons = "\n".join(f"  {name} refused: {why}" for name, why in choice.refusals.items())
     if choice.backend is None:
-        raise NotImplementedError(f"{op} {step}: no backend takes this call\n{reasons}")
-    if reasons and _device_type(args) == "cuda":
-        _warn_once(f"{op} {step} runs on {choice.backend}:\n{reasons}")
+        raise NotImplementedError(f"{op} {step}: no backend takes this call\n{choice.reasons}")
+    if choice.refusals and _device_type(args) == "cuda":
+        _warn_once(f"{op} {step} runs on {choice.backend}:\n{choice.reasons}")
     return choice.backend, getattr(_load(backends[choice.backend]), step)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from fastlm.ops._dispatch import Choice, weigh
 
-_active = threading.local()
+# What each explain() under way has found.  Keyed by its mode, which its tensors carry, because
+# autograd runs the backward of CUDA tensors in threads of its own.
+_under_way: dict[FakeTensorMode, dict[str, Choice]] = {}
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Explanation:
         return "\n".join(lines)
 
 
-def note(
-    op: str, step: str, backends: Mapping[str, str], wanted: str, args: Sequence[Any]
-) -> None:
-    """Called by every operator when it is traced; records the choice if someone asked."""
-    steps = getattr(_active, "steps", None)
-    if steps is not None:
-        steps[step] = weigh(op, step, backends, wanted, args)
+def note(op: str, step: str, backends: Mapping[str, str], wanted: str, args: Sequence[Any]) -> None:
+    """Called by every operator when it is traced; records the choice if an explain() asked."""
+    if not _under_way:
+        return
+    modes = {arg.fake_mode for arg in args if isinstance(arg, FakeTensor)}
+    for mode in modes & _under_way.keys():
+        _under_way[mode][step] = weigh(op, step, backends, wanted, args)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -56,7 +57,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     def faked(tensor: torch.Tensor) -> torch.Tensor:
         return mode.from_tensor(tensor, static_shapes=True)
 
-    _active.steps = {}
+    steps = _under_way[mode] = {}
     try:
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, faked, (args, kwargs))
         with mode:
@@ -65,6 +66,6 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             needing = [x for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]
             if needing:
                 torch.autograd.backward(needing, [torch.ones_like(x) for x in needing])
-        return Explanation(function.__name__, _active.steps)
+        return Explanation(function.__name__, steps)
     finally:
-        _active.steps = None
+        del _under_way[mode]

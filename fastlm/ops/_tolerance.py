@@ -1,15 +1,16 @@
 """How close is right: the one rule by which any result is judged, in tests and in checked().
 
-``truth`` is the definition in float64 on the same rounded inputs, ``plain`` what eager torch gives in
-the dtype of the output.  With e = |actual - truth| and e_plain = |plain - truth|:
+``truth`` is the definition in float64 on the same rounded inputs, ``plain`` what eager torch gives
+in the dtype of the output.  With e = |actual - truth| and e_plain = |plain - truth|:
 
     max e <= m max e_plain + a            rms e <= 1.5 rms e_plain + a / 4
     |mean(sign(truth) (actual - truth))| <= that of plain + 6 u rms(truth) / sqrt(n)
 
-u is the unit roundoff of the output's dtype, a = 8 * 2^-24 max|truth| for float32 (2^-53 for float64)
-and u * 2^-6 max|truth| for narrower dtypes.  The third line sees truncation where rounding was due;
-it takes the errors of elements as independent, which a last cast to a narrow dtype makes them, and
-is not asked of float32 and float64, where the errors of a row have one cause, its lse for example.
+u is the unit roundoff of the output's dtype, a = 8 * 2^-24 max|truth| for float32 (2^-53 for
+float64) and u * 2^-6 max|truth| for narrower dtypes.  The third line sees truncation where rounding
+was due; it takes the errors of elements as independent, which a last cast to a narrow dtype makes
+them, and is not asked of float32 and float64, where the errors of a row have one cause, its lse for
+example.
 Positions of NaN, +inf and -inf must match exactly.
 """
 

@@ -44,7 +44,8 @@ def cross_entropy(
 
     Args:
         input: Logits ``(..., V)``; float32, bfloat16, float16 or float64.
-        target: Class indices ``(...)`` in ``[0, V)`` or equal to ``ignore_index``; an integer dtype.
+        target: Class indices ``(...)`` in ``[0, V)`` or equal to ``ignore_index``; any integer
+            dtype but uint64.
         ignore_index: Positions with this target have loss 0 and gradient 0.
         reduction: ``"mean"`` over positions that are not ignored, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -62,13 +63,12 @@ def cross_entropy(
     """
     check_loss_arguments("cross_entropy", "input", input, target, reduction)
     check_that("cross_entropy", "input", input.shape[-1] > 0, "have at least one class", "V = 0")
-    losses = _losses(input, target.long(), ignore_index, backend)
+    target = target.long()
+    losses = _losses(input, target, ignore_index, backend)
     return reduce_losses(losses, target, ignore_index, reduction)
 
 
-def check_loss_arguments(
-    op: str, name: str, input: Tensor, target: Tensor, reduction: str
-) -> None:
+def check_loss_arguments(op: str, name: str, input: Tensor, target: Tensor, reduction: str) -> None:
     """The checks that every loss shares."""
     check_tensor(op, name, input)
     check_tensor(op, "target", target)

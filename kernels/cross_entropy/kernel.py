@@ -5,11 +5,14 @@
     dlogits[v] = (exp(logits[v] - lse) - [v == target]) dloss
                                                  backward: one program per block of a row
 
-Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3, with one running maximum
-and sum per lane, combined after the last block.
+Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3, with one running
+maximum and sum per lane, combined after the last block.
 
-Row r of the logits is at (r // inner) * stride_outer + (r % inner) * stride_inner, so that a shifted
-view like logits[:, :-1] is read in place.
+Row r of the logits is at (r // inner) * stride_outer + (r % inner) * stride_inner, so that a
+shifted view like logits[:, :-1] is read in place.
+
+A NaN or +inf in a row, or nothing but -inf, makes its loss and gradient NaN, as does a target
+outside the vocabulary; no other row changes and nothing outside the tensors is read.
 """
 
 import triton
@@ -99,4 +102,5 @@ def backward_kernel(
     # (p - 1) before dloss: the other order loses p when the target is nearly certain
     dx = (tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)) * dloss
     dx = tl.where(ignored, 0.0, tl.where(valid, dx, float("nan")))
-    tl.store(dlogits_ptr + row * vocab_size + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)
+    dlogits_ptr += row * vocab_size + cols
+    tl.store(dlogits_ptr, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)

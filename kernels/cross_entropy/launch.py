@@ -71,7 +71,9 @@ def _layout(input: Tensor) -> tuple[int, int, int]:
 
 
 def _rows(input: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The leading dimensions merged into ``(outer, stride), (inner, stride)``; None if they do not."""
+    """The leading dimensions merged into ``(outer, stride), (inner, stride)``; or None."""
+    if input.numel() == 0:
+        return (0, 0), (0, 0)
     merged: list[tuple[int, int]] = []
     for size, stride in zip(input.shape[:-1], input.stride()[:-1], strict=True):
         if size == 1:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops.reference.cross_entropy import check_targets
+from fastlm.ops.reference.cross_entropy import check_targets, log_sum_exp
 
 
 def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    check_targets(target, input.shape[-1], ignore_index)
+    check_targets("cross_entropy", target, input.shape[-1], ignore_index)
     logits = input.to(torch.promote_types(input.dtype, torch.float32))
-    lse = logits.logsumexp(dim=-1)
+    lse = log_sum_exp(logits)
     ignored, invalid, safe = _classify(target, input.shape[-1], ignore_index)
     losses = lse - logits.gather(-1, safe[..., None])[..., 0]
     return losses.masked_fill_(ignored, 0.0).masked_fill_(invalid, torch.nan), lse

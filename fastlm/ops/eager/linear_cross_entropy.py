@@ -20,7 +20,9 @@ from fastlm.kernels._chunks import (
     wide_dtype,
     within_float16,
 )
-from fastlm.ops.reference.cross_entropy import check_targets
+from fastlm.ops.reference.cross_entropy import check_targets, log_sum_exp
+
+_OP = "linear_cross_entropy"
 
 # A narrow weight up to this many elements is widened once, 1 GB of float32; a larger one again for
 # every product, a block at a time.
@@ -89,7 +91,7 @@ def _run(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses and lse, unless ``lse`` is given, and gradients of ``(losses * dlosses).sum()``."""
-    check_targets(target, linear_weight.shape[0], ignore_index)
+    check_targets("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     dlosses = None if dlosses is None else dlosses.reshape(-1)
     lse = None if lse is None else lse.reshape(-1)
@@ -160,20 +162,17 @@ def _sweep(
         matmul(z, input[rows], linear_weight.t())
         if bias is not None:
             z.add_(bias)
-        if known_lse is None:
-            z_target = z.gather(1, y)
-            pivot = z.amax(1, keepdim=True)
-            # inf - inf is NaN, where the sum is 0 or infinite
-            pivot.masked_fill_(pivot.isinf(), 0.0)
-            total = z.sub_(pivot).exp_().sum(1, keepdim=True)
-            torch.add(total.log(), pivot, out=lse[rows])
-            torch.sub(lse[rows], z_target, out=losses[rows])
-        if not (need_input or need_weight or need_bias):
-            continue
-        if known_lse is None:
-            z.div_(total)
-        else:
+        if known_lse is not None:
             z.sub_(lse[rows]).exp_()
+        elif need_input or need_weight or need_bias:
+            # in one pass over each row, while it is in the cache; its lse is not asked for
+            torch.log_softmax(z, 1, out=z)
+            torch.neg(z.gather(1, y), out=losses[rows])
+            z.exp_()
+        else:
+            lse[rows] = log_sum_exp(z)[:, None]
+            torch.sub(lse[rows], z.gather(1, y), out=losses[rows])
+            continue
         # p - 1 before the weight: the other order loses p when the target is nearly certain
         z.scatter_add_(1, y, minus_one[: z.shape[0]])
         if weights is not None:

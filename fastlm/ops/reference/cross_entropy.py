@@ -1,4 +1,7 @@
-"""Cross-entropy per row: loss = lse - input[target], lse = log sum_v exp(input[v])."""
+"""Cross-entropy per row: loss = lse - input[target], lse = log sum_v exp(input[v]).
+
+As in torch, a NaN or +inf among the logits of a row, or only -inf, makes its loss and gradient NaN.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
         IndexError: On CPU, a target is neither ``ignore_index`` nor in ``[0, V)``; elsewhere its
             loss is NaN.
     """
-    check_targets(target, input.shape[-1], ignore_index)
+    check_targets("cross_entropy", target, input.shape[-1], ignore_index)
     logits = input.to(torch.promote_types(input.dtype, torch.float32))
-    lse = logits.logsumexp(dim=-1)
+    lse = log_sum_exp(logits)
     ignored = target == ignore_index
     invalid = ~ignored & ((target < 0) | (target >= input.shape[-1]))
     safe = target.masked_fill(ignored | invalid, 0)
@@ -39,20 +42,33 @@ def backward(
     return dinput.masked_fill(invalid[..., None], torch.nan).to(input.dtype)
 
 
-def check_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise IndexError for the first target out of range, where looking costs no device sync."""
-    if target.device.type != "cpu":
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Over the last dimension; NaN where a logit is +inf, as the softmax is."""
+    lse = logits.logsumexp(dim=-1)
+    return lse.masked_fill(lse == torch.inf, torch.nan)
+
+
+def check_targets(
+    op: str, target: Tensor, vocab_size: int, ignore_index: int, *, may_wait: bool = False
+) -> None:
+    """Raise IndexError for the first target out of range, where looking costs no device sync.
+
+    With ``may_wait``, look on every device.
+    """
+    if target.device.type != "cpu" and not may_wait:
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
+        position = bad.nonzero()[0].tolist()
         raise IndexError(
-            f"target {target[position].item()} at position {list(position)} is out of bounds: "
-            f"it must be in [0, {vocab_size}) or ignore_index ({ignore_index})"
+            f"{op}: target must be in [0, {vocab_size}) or ignore_index ({ignore_index}), "
+            f"got {target[tuple(position)].item()} at position {position}"
         )
 
 
 def truth_forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """:func:`forward` in float64; a target out of range raises IndexError on every device."""
+    check_targets("cross_entropy", target, input.shape[-1], ignore_index, may_wait=True)
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     parts = [
         forward(x.double(), y, ignore_index)
@@ -70,7 +86,7 @@ def truth_backward(
     parts = []
     for x, dloss, y in zip(rows.split(_ROWS_AT_ONCE), *per_row, strict=True):
         exact = x.double()
-        parts.append(backward(dloss.double(), exact, y, exact.logsumexp(-1), ignore_index))
+        parts.append(backward(dloss.double(), exact, y, log_sum_exp(exact), ignore_index))
     return torch.cat(parts).view(input.shape)
 
 

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops.reference import cross_entropy
+from fastlm.ops.reference.cross_entropy import check_targets
 
+_OP = "linear_cross_entropy"
 _ROWS_AT_ONCE = 256
 
 
@@ -30,6 +32,9 @@ def forward(
         IndexError: On CPU, a target is neither ``ignore_index`` nor in ``[0, V)``; elsewhere its
             loss is NaN.
     """
+    vocab_size = linear_weight.shape[0]
+    cross_entropy.check_targets("linear_cross_entropy", target, vocab_size, ignore_index)
+    check_targets(_OP, target, linear_weight.shape[0], ignore_index)
     logits = _logits(input, linear_weight, linear_bias)
     losses, lse = cross_entropy.forward(logits, target, ignore_index)
     return losses, lse.masked_fill(target == ignore_index, 0.0)

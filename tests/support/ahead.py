@@ -1,0 +1,220 @@
+"""Compile every row of every tuning table for a GPU that is not there.
+
+:data:`LAUNCHES` says, op by op, how to reach the rows: a function of a dtype that calls the launch
+functions of the op on meta tensors, with all options off and sizes that divide by 16, and with all
+options on and sizes that nothing divides.  ``python -m support.ahead`` is the child process that
+compiles; it must not interpret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.lint import float_atomics, narrow_products
+from torch import Tensor
+
+from fastlm.kernels import _ahead, attention, cross_entropy, linear_cross_entropy
+from fastlm.kernels._launch import Launch, recorded
+from fastlm.kernels._runtime import pretend
+
+ARCHES = (80, 86, 89, 90, 100, 120)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WITH_FLOAT64 = (*DTYPES, torch.float64)  # which only the interpreter runs: reached, not compiled
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cross_entropy_launches(dtype: torch.dtype) -> None:
+    for vocab_size in (512, 4_096, 50_304):
+        _cross_entropy(empty(8, vocab_size, dtype=dtype))
+        # a slice of a padded vocabulary, one token short: nothing divides by 16
+        padded = empty(2, 5, vocab_size + 1, dtype=dtype)
+        _cross_entropy(padded[:, :-1, : vocab_size - 3])
+
+
+def _cross_entropy(logits: Tensor) -> None:
+    targets = empty(*logits.shape[:-1], dtype=torch.int64)
+    losses, lse = cross_entropy.forward(logits, targets, -100)
+    cross_entropy.backward(losses, logits, targets, lse, -100)
+
+
+def linear_cross_entropy_launches(dtype: torch.dtype) -> None:
+    for vocab_size in (512, 4_096, 8_192, 32_768, 50_304):
+        _linear_cross_entropy(vocab_size, dtype, with_options=False)
+        _linear_cross_entropy(vocab_size - 3, dtype, with_options=True)
+
+
+def _linear_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options: bool) -> None:
+    inputs, weight = empty(8, 64, dtype=dtype), empty(vocab_size, 64, dtype=dtype)
+    bias = empty(vocab_size, dtype=dtype) if with_options else None
+    arguments = (inputs, weight, bias, empty(8, dtype=torch.int64))
+    losses, lse = linear_cross_entropy.forward(*arguments, -100)
+    if with_options:
+        linear_cross_entropy.backward(losses, *arguments, lse, -100, True, True, True)
+    else:
+        linear_cross_entropy.gradients(*arguments, -100, True, True, False)
+
+
+def attention_launches(dtype: torch.dtype) -> None:
+    for head_dim in (64, 128, 256):
+        _attention(128, 128, 4, 4, head_dim, head_dim, dtype, with_options=False)
+        # grouped heads, another value_dim, lengths and strides that nothing divides
+        _attention(77, 133, 6, 2, head_dim - 3, head_dim - 24, dtype, with_options=True)
+
+
+def _attention(
+    num_queries: int, num_keys: int, heads: int, kv_heads: int, head_dim: int, value_dim: int,
+    dtype: torch.dtype, *, with_options: bool,
+) -> None:  # fmt: skip
+    query = empty(2, num_queries, heads, head_dim, dtype=dtype)
+    key = empty(2, num_keys, kv_heads, head_dim, dtype=dtype)
+    value = empty(2, num_keys, kv_heads, value_dim, dtype=dtype)
+    out, lse = attention.forward(query, key, value, 0.125)
+    dlse = lse if with_options else None
+    attention.backward(out, dlse, query, key, value, out, lse, 0.125, True, True)
+
+
+LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
+    "attention": attention_launches,
+    "cross_entropy": cross_entropy_launches,
+    "linear_cross_entropy": linear_cross_entropy_launches,
+}
+
+
+def most_stack(binary: dict[str, Any]) -> int:
+    """Bytes of registers this binary may spill."""
+    return 0
+
+
+def rows(op: str) -> dict[str, Any]:
+    """Every launch setting in the tuning tables of ``op``, by where it stands."""
+    tables = vars(importlib.import_module(f"fastlm.kernels.{op}.tuning"))
+    return {
+        place: row
+        for name, table in tables.items()
+        if not name.startswith("__")
+        for place, row in _rows_in(name, table)
+    }
+
+
+def _rows_in(place: str, table: Any) -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(table) and hasattr(table, "num_warps"):
+        if not isinstance(table, type):
+            yield place, table
+    elif isinstance(table, dict | tuple | list):
+        items = table.items() if isinstance(table, dict) else enumerate(table)
+        for key, value in items:
+            yield from _rows_in(f"{place}[{key!r}]", value)
+
+
+def unreached(op: str) -> list[str]:
+    """Rows that the launches of ``op`` read on no architecture and in no dtype."""
+    found = rows(op)
+    with _watched({type(row) for row in found.values()}) as read:
+        for arch in ARCHES:
+            for dtype in WITH_FLOAT64:
+                launches(op, dtype, arch)
+    return [place for place, row in found.items() if id(row) not in read]
+
+
+@contextlib.contextmanager
+def _watched(kinds: set[type]) -> Iterator[set[int]]:
+    """Collect the ids of rows whose ``num_warps`` is read."""
+    read: set[int] = set()
+
+    def watching(row: Any, name: str) -> Any:
+        if name == "num_warps":
+            read.add(id(row))
+        return object.__getattribute__(row, name)
+
+    for kind in kinds:
+        kind.__getattribute__ = watching  # type: ignore[method-assign]
+    try:
+        yield read
+    finally:
+        for kind in kinds:
+            del kind.__getattribute__
+
+
+def launches(op: str, dtype: torch.dtype, arch: int) -> list[Launch]:
+    with pretend(arch), recorded(run=False) as log:
+        LAUNCHES[op](dtype)
+    return log
+
+
+def compile_all(
+    arch: int,
+    *,
+    op: str = "all",
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    processes: int = 2,
+) -> list[dict[str, Any]]:
+    """One result per different binary: the attributes of ``Compiled``, what it is, what lint found.
+
+    Raises:
+        RuntimeError: A launch does not compile; the message ends with the compiler's.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    arguments = [op, ",".join(map(_name, dtypes)), str(arch)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "support.ahead", *arguments, str(part), str(processes)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for part in range(processes)
+    ]  # fmt: skip
+    results = []
+    for child in children:
+        output, errors = child.communicate()
+        if child.returncode:
+            raise RuntimeError(f"sm_{arch}: {errors[-3000:]}")
+        results += json.loads(output)
+    return results
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _main(op: str, dtypes: str, arch: int, part: int, parts: int) -> None:
+    different = {}
+    for name in LAUNCHES if op == "all" else [op]:
+        for dtype in dtypes.split(","):
+            for launch in launches(name, getattr(torch, dtype), arch):
+                made = _ahead.specialize(launch, arch)
+                different.setdefault(made.key, (name, dtype, launch, made))
+    results = []
+    for name, dtype, launch, made in list(different.values())[part::parts]:
+        compiled = _ahead.compile_launch(made, arch)
+        results.append({
+            "op": name,
+            "kernel": launch.name,
+            "dtype": dtype,
+            "constants": {key: str(value) for key, value in launch.constants.items()},
+            "options": launch.options,
+            "registers": compiled.registers,
+            "stack": compiled.stack,
+            "shared_memory": compiled.shared_memory,
+            "instructions": compiled.instructions,
+            "has_dot": "tt.dot" in compiled.ttir,
+            "narrow_products": narrow_products(compiled.ttir),
+            "float_atomics": float_atomics(compiled.ttir),
+        })  # fmt: skip
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:3], *map(int, sys.argv[3:]))
