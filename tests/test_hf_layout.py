@@ -1,0 +1,273 @@
+"""Model folders: transformers reads what we write, we read what transformers writes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from support.models import tiny_config, tiny_model
+
+import fastlm
+from fastlm.testing import assert_as_accurate
+
+VARIANTS = [
+    {"model_type": "qwen3", "tie_word_embeddings": True},
+    {"model_type": "qwen3", "attention_bias": True},
+    {"model_type": "llama", "tie_word_embeddings": True},
+    {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "hidden_act": "relu2"},
+    {"model_type": "llama", "num_key_value_heads": 4, "head_dim": None, "eos_token_id": (3, 5)},
+]
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(320, (2, 40))
+
+
+def logits_of(model, ids):
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def assert_same_logits(model, theirs, ids):
+    """Ours are as close to ours in float64 as those of transformers are."""
+    ours, usual = logits_of(model, ids), logits_of(theirs, ids)
+    truth = logits_of(copy.deepcopy(model).double(), ids)
+    assert_as_accurate("logits", ours, plain=usual, truth=truth)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_transformers_reads_what_we_write(changes, ids, tmp_path):
+    model = tiny_model(**changes)
+    model.save_pretrained(tmp_path)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(report.values())
+    assert type(theirs).__name__.lower().startswith(changes["model_type"])
+    assert_same_logits(model, theirs, ids)
+    labels = ids.clone()
+    labels[:, 5:9] = -100
+    torch.testing.assert_close(model(ids, labels=labels).loss, theirs(ids, labels=labels).loss)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_we_read_what_transformers_writes(changes, ids, tmp_path):
+    values = tiny_config(**changes).to_dict()
+    config = transformers.AutoConfig.for_model(**values)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(theirs.lm_head.weight, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    model = fastlm.CausalLM.from_pretrained(tmp_path)
+    assert_same_logits(model, theirs, ids)
+    assert model.config.rope_theta == 5000.0 and model.config.rms_norm_eps == 1e-5
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_reads_what_it_wrote(changes, ids, tmp_path):
+    model = tiny_model(**changes)
+    model.save_pretrained(tmp_path)
+    again = fastlm.CausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+    assert dict(again.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert again.config.to_dict() == model.config.to_dict()
+    again(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in again.parameters())
+
+
+def test_shards_are_read(ids, tmp_path):
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**tiny_config().to_dict())
+    )
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    model = fastlm.CausalLM.from_pretrained(tmp_path)
+    assert_same_logits(model, theirs, ids)
+    first = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(fastlm.ModelFileError, match=f"{first.name} is missing"):
+        fastlm.CausalLM.from_pretrained(tmp_path)
+
+
+def test_dtype_of_the_file_or_as_asked(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    load = fastlm.CausalLM.from_pretrained
+    assert load(tmp_path).lm_head.weight.dtype == torch.bfloat16
+    assert load(tmp_path, dtype=torch.float32).lm_head.weight.dtype == torch.float32
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_loaded_weights_are_not_the_file(ids, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    again = fastlm.CausalLM.from_pretrained(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-4096, 2)
+        file.write(b"\xff" * 4096)
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+
+
+def test_tokens_that_end_a_text_come_from_the_generation_config(tmp_path):
+    tiny_model(eos_token_id=3).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
+    assert fastlm.CausalLM.from_pretrained(tmp_path).config.eos_token_ids == (3, 7)
+
+
+def test_a_head_that_contradicts_the_tie_is_refused(tmp_path):
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    fastlm.CausalLM.from_pretrained(tmp_path)
+    weights["lm_head.weight"][3, 4] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(fastlm.ModelFileError, match=r"lm_head.weight must equal"):
+        fastlm.CausalLM.from_pretrained(tmp_path)
+
+
+def break_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def shorten(weights):
+    weights["model.norm.weight"] = weights["model.norm.weight"][1:]
+
+
+DAMAGES = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json: cannot be read as JSON",
+    ),
+    "a JSON list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "must hold a JSON object, got list",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-100]
+        ),
+        "model.safetensors: is damaged",
+    ),
+    "missing key": (
+        lambda f: break_weights(f, lambda w: w.pop("model.norm.weight")),
+        "weights are missing: model.norm.weight",
+    ),
+    "extra key": (
+        lambda f: break_weights(f, lambda w: w.update(adapter=w["model.norm.weight"].clone())),
+        "weights that the config has no place for: adapter",
+    ),
+    "other shape": (
+        lambda f: break_weights(f, shorten),
+        r"model.norm.weight has \(31,\), must have \(32,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_named(damage, tmp_path):
+    change, message = DAMAGES[damage]
+    tiny_model().save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(fastlm.ModelFileError, match=message) as caught:
+        fastlm.CausalLM.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(fastlm.ModelFileError, match="nowhere: no such folder"):
+        fastlm.CausalLM.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_pickle_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(fastlm.ModelFileError, match=r"pytorch_model.bin: is a pickle"):
+        fastlm.CausalLM.from_pretrained(tmp_path)
+
+
+def test_links_out_of_the_folder_are_refused_but_a_hub_cache_is_read(ids, tmp_path):
+    model = tiny_model()
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    model.save_pretrained(snapshot)
+    blobs.mkdir()
+    weights = snapshot / "model.safetensors"
+    weights.rename(blobs / "123")
+    weights.symlink_to(blobs / "123")
+    assert torch.equal(
+        logits_of(fastlm.CausalLM.from_pretrained(snapshot), ids), logits_of(model, ids)
+    )
+    other = tmp_path / "other"
+    shutil.copytree(snapshot, other, symlinks=True)
+    with pytest.raises(fastlm.ModelFileError, match="is a link to outside the folder"):
+        fastlm.CausalLM.from_pretrained(other)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "weights.bin"])
+def test_an_index_names_safetensors_beside_it(name, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(fastlm.ModelFileError, match="must name a safetensors file beside it"):
+        fastlm.CausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type must be one of qwen3, llama, got 'gpt2'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
+            "rope_type 'default', got 'yarn'",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window is not supported, got True"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types must be full_attention"),
+        ({"attention_dropout": 0.1}, "attention_dropout is not supported, got 0.1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"pretraining_tp": 2}, "pretraining_tp is not supported, got 2"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act must be one of"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number above 0, got '32'"),
+    ],
+)
+def test_options_that_are_not_computed_are_refused_by_name(changes, message, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(fastlm.ModelFileError, match=message):
+        fastlm.CausalLM.from_pretrained(tmp_path)
+
+
+def test_a_size_that_is_missing_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["intermediate_size"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(fastlm.ModelFileError, match="needs intermediate_size"):
+        fastlm.CausalLM.from_pretrained(tmp_path)
+
+
+def test_saving_over_a_folder_that_is_open_replaces_it(ids, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = fastlm.CausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits_of(fastlm.CausalLM.from_pretrained(tmp_path), ids), logits_of(model, ids)
+    )
+    assert not list(tmp_path.glob(".*"))
