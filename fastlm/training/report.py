@@ -28,7 +28,12 @@ def opening(text: str) -> str:
 def write_report(
     folder: RunFolder, config: TrainConfig, lm: LanguageModel, prompt: str
 ) -> list[str]:
-    """Write report.md and, where matplotlib is installed, loss.png; return their names."""
+    """Write report.md and, where matplotlib is installed, loss.png; return their names.
+
+    A prompt longer than half the context loses its beginning, so that a sample fits after it.
+    """
+    room = max(1, lm.model.config.max_position_embeddings // 2)
+    prompt = lm.decode(lm.encode(prompt)[-room:])
     metrics = folder.read_metrics()
     title = f"{folder.path.name}: {config.data or 'Python standard library'}"
     drawn = plot_losses(metrics, folder.path / "loss.png", title)
