@@ -21,6 +21,7 @@ from fastlm.ops._tolerance import compare
 __all__ = [
     "assert_all_as_accurate",
     "assert_as_accurate",
+    "attention_inputs",
     "cross_entropy_inputs",
     "run",
 ]
@@ -96,6 +97,30 @@ def _leaf(x: Any, dtype: torch.dtype | None, requires_grad: bool) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     return x.detach().to(dtype or x.dtype).requires_grad_(requires_grad)
+
+
+def attention_inputs(
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    value_dim: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query ``(B, T, H, D)``, key ``(B, S, G, D)`` and value ``(B, S, G, Dv)``, standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (
+        (batch, num_queries, heads, head_dim),
+        (batch, num_keys, kv_heads, head_dim),
+        (batch, num_keys, kv_heads, value_dim or head_dim),
+    )
+    query, key, value = (torch.randn(x, generator=generator).to(device, dtype) for x in shapes)
+    return query, key, value
 
 
 def cross_entropy_inputs(

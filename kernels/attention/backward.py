@@ -115,21 +115,16 @@ def dkdv_kernel(
     start, unmasked_start = query_range(first_key, num_queries, num_keys, BLOCK_M, BLOCK_N)
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_V), ACC)
-    for _ in range(group_size):
-        dk, dv = _gather_dkdv(
-            dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_ot,
-            start, unmasked_start, num_queries, num_keys, scale * LOG2_E,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=True,
-        )  # fmt: skip
-        dk, dv = _gather_dkdv(
-            dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_ot,
-            unmasked_start, num_queries, num_queries, num_keys, scale * LOG2_E,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=False,
-        )  # fmt: skip
-        q_ptr += stride_qh
-        dout_ptr += stride_oh
-        lse_ptr += num_queries
-        delta_ptr += num_queries
+    dk, dv = _gather_dkdv(
+        dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
+        stride_oh, group_size, start, unmasked_start, num_queries, num_keys, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=True,
+    )  # fmt: skip
+    dk, dv = _gather_dkdv(
+        dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
+        stride_oh, group_size, unmasked_start, num_queries, num_queries, num_keys, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=False,
+    )  # fmt: skip
 
     row = batch * num_keys * kv_heads + kv_head
     dk_ptr += row * HEAD_DIM
@@ -150,7 +145,10 @@ def _gather_dkdv(
     lse_ptr,
     delta_ptr,
     stride_qt,
+    stride_qh,
     stride_ot,
+    stride_oh,
+    group_size,
     start,
     end,
     num_queries,
@@ -164,20 +162,29 @@ def _gather_dkdv(
     ACC: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    # scores are transposed, so that p and ds are first operands of their products, in registers
-    for first_query in range(start, end, BLOCK_M):
-        queries = first_query + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, queries, num_queries, stride_qt, HEAD_DIM, BLOCK_D, True)
+    # one loop over all heads of the group: nested loops cost the registers that dk and dv need
+    num_blocks = tl.cdiv(end - start, BLOCK_M)
+    for step in range(num_blocks * group_size):
+        member = (step // num_blocks).to(tl.int64)
+        queries = start + step % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+        q = load_rows(
+            q_ptr + member * stride_qh, queries, num_queries, stride_qt, HEAD_DIM, BLOCK_D, True
+        )
+        # scores are transposed, so that p and ds are first operands of their products, in registers
         scores = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
-        scores = scores * scale_log2 - _lse_log2(lse_ptr, queries, num_queries)[None, :]
+        lse = _lse_log2(lse_ptr + member * num_queries, queries, num_queries)
+        scores = scores * scale_log2 - lse[None, :]
         seen = visible(queries[None, :], keys[:, None], num_keys - num_queries)
         if MASKED:
             scores = tl.where(seen, scores, float("-inf"))
         p = tl.exp2(scores)
-        dout = load_rows(dout_ptr, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True)
+        dout = load_rows(
+            dout_ptr + member * stride_oh, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True
+        )
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee", out_dtype=ACC)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=ACC)
-        delta = tl.load(delta_ptr + queries, mask=queries < num_queries, other=0.0)
+        delta_ptrs = delta_ptr + member * num_queries + queries
+        delta = tl.load(delta_ptrs, mask=queries < num_queries, other=0.0)
         ds = p * (dp - delta[None, :])
         if MASKED:
             # not left to p = 0: values of keys out of sight may be NaN

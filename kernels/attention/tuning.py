@@ -24,22 +24,28 @@ class Plan:
 # step -> (largest head_dim, settings), smallest first
 Rows = dict[str, tuple[tuple[int, Plan], ...]]
 
+# sm_90 and sm_100: 227 KiB of shared memory
 HOPPER: Rows = {
     "forward": ((64, Plan(128, 64, 4, 3)), (128, Plan(128, 64, 8, 3)), (256, Plan(128, 64, 8, 2))),
-    "dkdv": ((64, Plan(64, 128, 8, 2)), (128, Plan(64, 64, 4, 1)), (256, Plan(32, 64, 8, 2))),
-    "dq": ((64, Plan(128, 64, 8, 2)), (128, Plan(128, 64, 8, 2)), (256, Plan(64, 32, 4, 2))),
+    "dkdv": ((64, Plan(64, 128, 8, 2)), (128, Plan(32, 128, 8, 2)), (256, Plan(16, 64, 8, 2))),
+    "dq": ((64, Plan(128, 64, 8, 2)), (128, Plan(128, 64, 8, 2)), (256, Plan(128, 32, 8, 2))),
 }
-AMPERE = HOPPER
-SMALL = HOPPER
+# the others: 99 KiB is the least
+PORTABLE: Rows = {
+    "forward": ((64, Plan(128, 64, 8, 2)), (128, Plan(128, 32, 8, 2)), (256, Plan(64, 32, 8, 1))),
+    "dkdv": ((64, Plan(32, 128, 8, 2)), (128, Plan(32, 64, 8, 1)), (256, Plan(16, 64, 8, 1))),
+    "dq": ((64, Plan(64, 64, 8, 2)), (128, Plan(64, 32, 8, 2)), (256, Plan(32, 32, 8, 1))),
+}
+# without tensor cores; float64 is for tests
 FLOAT32: Rows = {
-    "forward": ((64, Plan(64, 32, 4, 2)), (128, Plan(32, 32, 4, 2)), (256, Plan(32, 16, 4, 2))),
-    "dkdv": ((64, Plan(32, 32, 4, 1)), (128, Plan(32, 32, 4, 1)), (256, Plan(16, 16, 4, 1))),
-    "dq": ((64, Plan(32, 32, 4, 1)), (128, Plan(32, 32, 4, 1)), (256, Plan(16, 16, 4, 1))),
+    "forward": ((64, Plan(32, 32, 4, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
+    "dkdv": ((64, Plan(32, 32, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
+    "dq": ((64, Plan(32, 32, 4, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
 }
 FLOAT64: Rows = {
-    "forward": ((256, Plan(16, 16, 4, 1)),),
-    "dkdv": ((256, Plan(16, 16, 4, 1)),),
-    "dq": ((256, Plan(16, 16, 4, 1)),),
+    "forward": ((256, Plan(16, 16, 8, 1)),),
+    "dkdv": ((256, Plan(16, 16, 8, 1)),),
+    "dq": ((256, Plan(16, 16, 8, 1)),),
 }
 DELTA: Rows = {"delta": ((64, Plan(64, 0, 4, 1)), (256, Plan(32, 0, 4, 1)))}
 
@@ -47,7 +53,9 @@ MAX_HEAD_DIM = 256
 # Keys and values that programs running at the same time share; below the L2 of sm_80, 40 MB.
 SECTION_BYTES = 32 * 2**20
 
-_BY_ARCH = {80: AMPERE, 86: SMALL, 89: SMALL, 90: HOPPER, 100: HOPPER, 120: SMALL}
+_BY_ARCH = {
+    80: PORTABLE, 86: PORTABLE, 89: PORTABLE, 90: HOPPER, 100: HOPPER, 120: PORTABLE,
+}  # fmt: skip
 
 
 def plan(step: str, head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Plan:
