@@ -141,7 +141,9 @@ def run_case(
     ceilings: Ceilings, *, wanted: Iterable[str] = (), seconds: float = 2.0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row per provider; a provider that fails has ``failed`` instead of numbers."""
-    common = {"op": bench.op, "mode": mode, "shape": problem.shape, "dtype": name_of(dtype)}
+    common: dict[str, Any] = {
+        "op": bench.op, "mode": mode, "shape": problem.shape, "dtype": name_of(dtype)
+    }  # fmt: skip
     truth = case.truth(mode)
     plain: Outputs | None = None
     calls: dict[str, Callable[[], Outputs]] = {}

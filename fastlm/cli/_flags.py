@@ -25,7 +25,10 @@ def parse(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, args=list(argv), prog=f"fastlm {command}", default=default)
+            name = f"fastlm {command}"
+            if default is None:
+                return tyro.cli(options, args=list(argv), prog=name)
+            return tyro.cli(options, args=list(argv), prog=name, default=default)
     except SystemExit as stop:
         if stop.code == 0:
             raise
@@ -36,17 +39,20 @@ def parse(
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box over several lines, without the frame and the parting advice."""
+    """What tyro says in a box over several lines, without the frame and the parting advice.
+
+    The title stands in the frame, or in a paragraph of its own where the terminal has no lines.
+    """
     paragraphs = [""]
     for row in box.splitlines():
         text = row.strip("│ ")
-        if not row.startswith("│"):
+        if row.startswith(("╭", "╰")):
             continue
-        if set(text) == {"─"}:
+        if text and set(text) <= {"─", "-"}:
             paragraphs.append("")
         else:
-            paragraphs[-1] += f" {text}" if paragraphs[-1] else text
-    statement, *advice = paragraphs
+            paragraphs[-1] = f"{paragraphs[-1]} {text}".strip()
+    statement, *advice = paragraphs if "│" in box else paragraphs[1:] or [""]
     for text in advice:
         if text.startswith("Perhaps you meant") and (flags := re.findall(r"--[\w.-]+", text)):
             statement += f", did you mean {flags[0]}?"

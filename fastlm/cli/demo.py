@@ -17,9 +17,13 @@ FOLDER = "runs/demo"
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Train a small model on the source code of Python's standard library, sample from it, and show
-    the distribution of its next token."""
+    """Train a small model, sample from it, and show the distribution of its next token.
 
+    Its text is the source code of Python's own standard library, which is on every machine.
+    """
+
+    data: str | None = None
+    """Text to train on instead: a file, a folder of text files, or .jsonl."""
     out: str = FOLDER
     """Run folder; the default one is replaced, any other must hold no run."""
     steps: int = 400
@@ -31,7 +35,11 @@ class DemoOptions:
 def run(argv: Sequence[str]) -> int:
     options = parse(DemoOptions, "demo", argv)
     config = TrainConfig(
-        out=options.out, steps=options.steps, overwrite=options.out == FOLDER, prompt=options.prompt
+        data=options.data,
+        out=options.out,
+        steps=options.steps,
+        overwrite=options.out == FOLDER,
+        prompt=options.prompt,
     )
     # here and not above: help needs no torch
     from fastlm.inference.language_model import load
