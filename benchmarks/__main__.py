@@ -53,6 +53,8 @@ def _run_op(
     size = "quick" if options.quick else options.device
     rows = [] if options.fresh else _report.load(path, env)
     done = {_key(row) for row in rows}
+    for row in rows:
+        print(_report.line(row), flush=True)
     for problem in bench.sizes[size]:
         missing = [mode for mode in MODES if _key(_stub(op, problem, mode, dtype)) not in done]
         if not missing:
