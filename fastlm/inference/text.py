@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 
 # what a decoder puts where bytes do not form a character, or not yet
 _REPLACEMENT = "\ufffd"
-# a character is at most 4 bytes of UTF-8, so no more tokens than these can be waiting for the rest
-_LONGEST_WAIT = 4
+# a character is at most 4 bytes of UTF-8, so its beginning is in no more than the last 3 tokens
+_LONGEST_WAIT = 3
 # tokens of the prompt that the first pieces are decoded with, for decoders that drop a first space
 _CONTEXT = 6
 
@@ -34,21 +34,26 @@ class TextStream:
     def add(self, token_id: int) -> str:
         """The text that became certain with this token, often empty."""
         self._ids.append(token_id)
-        text = self._waiting()
-        if text.endswith(_REPLACEMENT) and len(self._ids) - self._done < _LONGEST_WAIT:
-            return ""
-        self._start, self._done = self._done, len(self._ids)
-        return text
+        end = len(self._ids)
+        if self._text(end).endswith(_REPLACEMENT):
+            end = max(self._done, end - _LONGEST_WAIT)
+        return self._take(end)
 
     def finish(self) -> str:
         """What was held back, with U+FFFD for the incomplete character."""
-        text = self._waiting()
-        self._start, self._done = self._done, len(self._ids)
+        return self._take(len(self._ids))
+
+    def _take(self, end: int) -> str:
+        if end == self._done:
+            return ""
+        text = self._text(end)
+        self._start, self._done = self._done, end
         return text
 
-    def _waiting(self) -> str:
+    def _text(self, end: int) -> str:
+        """Text of the tokens from ``_done`` to ``end``, decoded behind those before."""
         before = self._tokenizer.decode(self._ids[self._start : self._done])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+        return self._tokenizer.decode(self._ids[self._start : end])[len(before) :]
 
 
 class StopStrings:

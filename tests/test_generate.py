@@ -1,0 +1,267 @@
+"""Generation: token ids, text, streams, stops, scores."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from support.models import tiny_model, tiny_tokenizer
+
+import fastlm
+from fastlm.inference.text import StopStrings, TextStream
+
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("run")
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=EOS).save_pretrained(path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return fastlm.load(folder)
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "qwen3"}, {"model_type": "llama"}])
+@torch.inference_mode()
+def test_cached_decoding_gives_the_tokens_of_recomputing(changes, device):
+    model = tiny_model(**changes).to(device)
+    prompt = torch.randint(320, (3, 9), device=device)
+    got = model.generate(prompt, 40)
+    assert got.shape == (3, 49) and torch.equal(got[:, :9], prompt)
+    # one pass over the whole result, without a cache, predicts every position again
+    logits = model(got).logits[:, 8:-1]
+    tokens = got[:, 9:]
+    differs = tokens != logits.argmax(-1)
+    # the most likely two may change places where their gap is within the allowed error
+    truth = copy.deepcopy(model).double()(got).logits[:, 8:-1]
+    error = (logits - truth).abs().amax(-1)
+    allowance = 2 * error + 8 * 2.0**-24 * truth.abs().amax(-1)
+    gap = logits.amax(-1) - logits.gather(-1, tokens[..., None])[..., 0]
+    assert (gap <= allowance)[differs].all()
+    excused = int(differs.sum())
+    print(f"{excused} of {3 * 40} tokens excused as ties")
+    assert excused <= 3
+
+
+def test_equal_seeds_give_equal_tokens(device):
+    model = tiny_model().to(device)
+    prompt = torch.randint(320, (2, 5), device=device)
+    state = torch.get_rng_state()
+    runs = [model.generate(prompt, 20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_end_at_eos_and_are_filled_up(device):
+    model = tiny_model().to(device)
+    prompt = torch.randint(320, (3, 5), device=device)
+    free = model.generate(prompt, 30)
+    # a token that one row says early and another later or never
+    eos = int(free[0, 8])
+    got = model.generate(prompt, 30, eos_token_id=eos)
+    for row, want in zip(got[:, 5:].tolist(), free[:, 5:].tolist(), strict=True):
+        end = want.index(eos) + 1 if eos in want else len(want)
+        assert row[:end] == want[: len(row)][:end]
+        assert all(token == eos for token in row[end:])
+    alone = model.generate(prompt[:1], 30, eos_token_id=(eos, 319))
+    assert alone.shape[1] <= 9 and alone[0, -1] == eos
+
+
+def test_generation_stops_at_the_context(device):
+    model = tiny_model().to(device)
+    prompt = torch.randint(320, (1, 60), device=device)
+    assert model.generate(prompt, 100).shape == (1, 64)
+    assert torch.equal(model.generate(prompt, 0), prompt)
+    full = torch.randint(320, (1, 64), device=device)
+    assert torch.equal(model.generate(full, 5), full)
+    with pytest.raises(ValueError, match="prompt must fit in the context of 64 tokens, got 65"):
+        model.generate(torch.zeros(1, 65, dtype=torch.long, device=device), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.zeros(1, 0, dtype=torch.long), 1), {}, "prompt must have at least one token"),
+        ((torch.zeros(1, 2, dtype=torch.long), -1), {}, "max_new_tokens must be .*, got -1"),
+        ((torch.zeros(2, dtype=torch.long), 1), {}, r"input_ids must be \(B, T\)"),
+        ((torch.zeros(1, 2, dtype=torch.long), 1), {"temperature": -1}, "temperature must be"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(*arguments, **options)
+
+
+def test_broken_weights_raise_and_do_not_make_tokens():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        model.generate(torch.zeros(1, 2, dtype=torch.long), 3)
+
+
+def test_text_is_that_of_the_tokens(lm):
+    prompt = "the cat sat"
+    ids = lm.model.generate(torch.tensor([lm.encode(prompt)]), 30)[0].tolist()
+    assert lm.generate(prompt, 30) == lm.decode(ids[len(lm.encode(prompt)) :])
+    sampled = [
+        lm.generate(prompt, 30, temperature=1.2, top_p=0.95, seed=seed) for seed in (3, 3, 4)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_stream_joins_to_the_text_and_knows_its_probabilities(lm):
+    prompt, options = "the cat", {"temperature": 1.5, "seed": 5}
+    items = list(lm.stream(prompt, 40, **options))
+    assert "".join(item.text for item in items) == lm.generate(prompt, 40, **options)
+    assert [item.finish for item in items[:-1]] == [None] * (len(items) - 1)
+    assert items[-1].finish in ("length", "eos")
+    # bytes of incomplete characters are held back
+    assert any(item.text == "" for item in items)
+    ids = lm.encode(prompt) + [item.id for item in items]
+    with torch.inference_mode():
+        logprobs = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    start = len(lm.encode(prompt))
+    want = [logprobs[start + n - 1, item.id].item() for n, item in enumerate(items)]
+    assert [item.logprob for item in items] == pytest.approx(want, abs=1e-4)
+
+
+def test_stream_says_why_it_ends(lm):
+    assert list(lm.stream("the cat", 3))[-1].finish == "length"
+    long = "the cat sat " * 12
+    length = len(lm.encode(long))
+    items = list(lm.stream(long, 500, temperature=1.0, seed=0))
+    assert items[-1].finish in ("context", "eos") and length + len(items) <= 64
+    text = lm.generate("the cat", 40, temperature=1.0, seed=7)
+    stop = text[10:13]
+    *_, last = lm.stream("the cat", 40, temperature=1.0, seed=7, stop=stop)
+    assert last.finish == "stop"
+    cut = lm.generate("the cat", 40, temperature=1.0, seed=7, stop=["never there", stop])
+    assert cut == text[: text.index(stop)]
+
+
+def test_stream_checks_its_arguments_before_the_first_item(lm):
+    for options in ({"temperature": -1.0}, {"stop": ""}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match="must"):
+            lm.stream("the", **options)
+    with pytest.raises(ValueError, match="prompt must fit in the context of 64 tokens, got"):
+        lm.stream("the cat " * 100)
+    with pytest.raises(ValueError, match="prompt must have at least one token"):
+        lm.generate("")
+
+
+def test_eos_ends_the_text(lm):
+    model = copy.deepcopy(lm.model)
+    first = next(iter(lm.stream("the cat", 1))).id
+    object.__setattr__(model.config, "eos_token_id", first)
+    items = list(fastlm.LanguageModel(model, lm.tokenizer).stream("the cat", 20))
+    assert [(item.id, item.text, item.finish) for item in items] == [(first, "", "eos")]
+
+
+def test_pieces_join_to_whole_characters():
+    tokenizer = tiny_tokenizer()
+    text = "the cät sät ☃ on 𝄞 日本語 mat"
+    ids = tokenizer.encode(text).ids
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_character_become_replacements_and_nothing_is_lost():
+    tokenizer = tiny_tokenizer()
+    generator = random.Random(0)
+    for _ in range(50):
+        ids = [generator.randrange(1, 257) for _ in range(30)]
+        stream = TextStream(tokenizer)
+        got = "".join([*(stream.add(token) for token in ids), stream.finish()])
+        got.encode()
+        # how many replacements a bad sequence makes may differ, all other characters may not
+        want = tokenizer.decode(ids)
+        assert got.replace("\ufffd", "") == want.replace("\ufffd", "")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "want"),
+    [
+        (["ab", "cd"], None, "abcd"),
+        (["ab", "cd"], "bc", "a"),
+        (["a", "b", "c", "d"], ["cd", "bc"], "a"),
+        (["aab", "aac"], "aac", "aab"),
+        (["ab", "a"], "aba", ""),
+        (["xab"], "abc", "xab"),
+        (["end", "\n", "\n", "more"], "\n\n", "end"),
+    ],
+)
+def test_stop_strings_cut_wherever_pieces_break(pieces, stop, want):
+    stops = StopStrings(stop)
+    assert "".join([*(stops.add(piece) for piece in pieces), stops.finish()]) == want
+
+
+def test_held_back_text_is_only_what_may_be_a_stop():
+    stops = StopStrings("stop")
+    assert stops.add("a st") == "a "
+    assert stops.add("ay") == "stay"
+
+
+def test_score_is_the_probability_of_the_continuation(lm):
+    score = lm.score("the cat", " sat on")
+    before, ids = lm.encode("the cat"), lm.encode("the cat sat on")
+    with torch.inference_mode():
+        logprobs = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    want = [logprobs[n - 1, ids[n]].item() for n in range(len(before), len(ids))]
+    assert list(score.ids) == ids[len(before) :]
+    assert list(score.logprobs) == pytest.approx(want, abs=1e-4)
+    assert score.logprob == pytest.approx(sum(want), abs=1e-3)
+    with pytest.raises(ValueError, match="continuation must have at least one token"):
+        lm.score("the cat", "")
+    with pytest.raises(ValueError, match="must fit in the context of 64 tokens"):
+        lm.score("the cat", "x" * 100)
+
+
+def test_score_splits_at_the_seam_where_a_token_would_span_it(lm):
+    # "ca" + "t": together one token
+    assert len(lm.encode("cat")) < len(lm.encode("ca")) + len(lm.encode("t"))
+    assert list(lm.score("the ca", "t").ids) == lm.encode("t")
+
+
+FAULTS = {
+    "missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "damaged": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "tokenizer.json: cannot be read as a tokenizer",
+    ),
+    "too large": (
+        lambda f: tiny_model(vocab_size=100, eos_token_id=EOS).save_pretrained(f),
+        r"tokenizer.json: has token \d+, the model knows 100",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_without_its_tokenizer_is_named(fault, folder, tmp_path):
+    change, message = FAULTS[fault]
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    change(tmp_path)
+    with pytest.raises(fastlm.ModelFileError, match=message) as caught:
+        fastlm.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_low_precision_files_run_in_float32_on_cpu(folder, tmp_path):
+    model = fastlm.CausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert fastlm.load(tmp_path, device="cpu").model.lm_head.weight.dtype == torch.float32
+    asked = fastlm.load(tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert asked.model.lm_head.weight.dtype == torch.bfloat16
