@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import sys
@@ -193,7 +192,9 @@ def _backends(device: str) -> dict[str, Any]:
 def _devices() -> list[str]:
     import torch
 
-    interpreted = ", Triton interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    from fastlm.kernels._runtime import INTERPRETED
+
+    interpreted = ", Triton interpreted" if INTERPRETED else ""
     found = [f"cpu, {torch.get_num_threads()} threads{interpreted}"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
