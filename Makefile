@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt
+# Two workers with a thread each: threads of both would wait for each other at every barrier.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile
 SOURCES := setup.py pyproject.toml constraints.txt
 # seen from inside a virtual environment: where the packages of .venv are
 PACKAGES = $(shell .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -21,10 +23,10 @@ demo: .venv/.core
 	.venv/bin/fastlm demo
 
 test: .venv/.test
-	.venv/bin/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/.test
-	.venv/bin/pytest
+	$(PYTEST)
 
 # mypy cannot follow package_dir, so it reads the installed wheel, from outside the root.
 lint: .venv-lint/.tools
