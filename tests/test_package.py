@@ -132,13 +132,13 @@ def test_wheel_is_pure_python_and_holds_no_results(built):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_sdist_holds_what_tests_and_benchmarks_need(built):
+def test_sdist_holds_what_tests_and_benchmarks_need(built, source):
     with tarfile.open(built["sdist"]) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     missing = {
-        str(path.relative_to(ROOT))
+        str(path.relative_to(source))
         for folder in ("fastlm", "kernels", "benchmarks", "tests", "docs")
-        for path in (ROOT / folder).rglob("*")
+        for path in (source / folder).rglob("*")
         if path.suffix in (".py", ".md", ".sh") and "results" not in path.parts
     } - names
     assert not missing
