@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastlm.ops._autograd import once_differentiable
 from fastlm.ops._checks import (
     check_dtype,
     check_same_device,

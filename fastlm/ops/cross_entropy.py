@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastlm.ops._autograd import once_differentiable
 from fastlm.ops._checks import (
     INDEX_DTYPES,
     check_choice,
@@ -97,8 +97,8 @@ def _losses(input: Tensor, target: Tensor, ignore_index: int, backend: str) -> T
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, ignore_index: int, backend: str) -> Tensor:
-        losses, lse = _forward(input, target, ignore_index, backend)
-        ctx.save_for_backward(input, target, lse)
+        losses, maximum, log_sum = _forward(input, target, ignore_index, backend)
+        ctx.save_for_backward(input, target, maximum, log_sum)
         ctx.ignore_index, ctx.backend = ignore_index, backend
         return losses
 
@@ -109,14 +109,21 @@ class _CrossEntropy(torch.autograd.Function):
         return dinput, None, None, None
 
 
-def _forward_fake(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _forward_fake(
+    input: Tensor, target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(input.dtype, torch.float32)
     losses = input.new_empty(target.shape, dtype=dtype)
-    return losses, torch.empty_like(losses)
+    return losses, torch.empty_like(losses), torch.empty_like(losses)
 
 
 def _backward_fake(
-    dlosses: Tensor, input: Tensor, target: Tensor, lse: Tensor, ignore_index: int
+    dlosses: Tensor,
+    input: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
 ) -> Tensor:
     return input.new_empty(input.shape)
 

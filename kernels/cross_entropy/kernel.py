@@ -1,10 +1,11 @@
 """Cross-entropy kernels.
 
-    lse  = log sum_v exp(logits[v])              forward: one program per row, one read
-    loss = lse - logits[target]
-    dlogits[v] = (exp(logits[v] - lse) - [v == target]) dloss
-                                                 backward: one program per block of a row
+    log_sum = log sum_v exp(logits[v] - maximum)       forward: one program per row, one read
+    loss = log_sum - (logits[target] - maximum)
+    dlogits[v] = (exp(logits[v] - maximum - log_sum) - [v == target]) dloss
+                                                       backward: one program per block of a row
 
+Never maximum + log_sum: rounded, it has lost what the loss of a likely target consists of.
 Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3, with one running
 maximum and sum per lane, combined after the last block.
 
@@ -24,7 +25,8 @@ def forward_kernel(
     logits_ptr,  # (outer, inner, vocab_size)
     targets_ptr,  # (outer * inner,) int64
     losses_ptr,  # (outer * inner,) ACC
-    lse_ptr,  # (outer * inner,) ACC
+    maximum_ptr,  # (outer * inner,) ACC
+    log_sum_ptr,  # (outer * inner,) ACC
     inner,
     stride_outer,
     stride_inner,
@@ -54,18 +56,17 @@ def forward_kernel(
         running_max = new_max
         # hardware max drops NaN
         has_nan = has_nan | (x != x).to(tl.int32)
-    row_max = tl.max(running_max, 0)
-    pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
-    total = tl.sum(running_sum * tl.exp(running_max - pivot), 0)
-    lse = pivot + tl.log(total)
-    lse = tl.where(tl.max(has_nan, 0) > 0, float("nan"), lse)
-    tl.store(lse_ptr + row, lse)
+    maximum = tl.where(tl.max(has_nan, 0) > 0, float("nan"), tl.max(running_max, 0))
+    # inf - inf: NaN for a row with +inf, or of -inf alone
+    log_sum = tl.log(tl.sum(running_sum * tl.exp(running_max - maximum), 0))
+    tl.store(maximum_ptr + row, maximum)
+    tl.store(log_sum_ptr + row, log_sum)
 
     target = tl.load(targets_ptr + row)
     ignored = target == ignore_index
     valid = (target >= 0) & (target < vocab_size) & (target != ignore_index)
     target_logit = tl.load(logits_ptr + target * stride_vocab, mask=valid, other=float("nan"))
-    loss = tl.where(ignored, 0.0, lse - target_logit.to(ACC))
+    loss = tl.where(ignored, 0.0, log_sum - (target_logit.to(ACC) - maximum))
     tl.store(losses_ptr + row, loss)
 
 
@@ -74,7 +75,8 @@ def backward_kernel(
     dlosses_ptr,  # (outer * inner,)
     logits_ptr,  # (outer, inner, vocab_size)
     targets_ptr,  # (outer * inner,) int64
-    lse_ptr,  # (outer * inner,) ACC
+    maximum_ptr,  # (outer * inner,) ACC
+    log_sum_ptr,  # (outer * inner,) ACC
     dlogits_ptr,  # (outer * inner, vocab_size), dtype of logits
     inner,
     stride_outer,
@@ -96,11 +98,11 @@ def backward_kernel(
     target = tl.load(targets_ptr + row)
     ignored = target == ignore_index
     valid = (target >= 0) & (target < vocab_size)
-    lse = tl.load(lse_ptr + row)
+    maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
     dloss = tl.load(dlosses_ptr + row).to(ACC)
     x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row, other=float("-inf")).to(ACC)
     # (p - 1) before dloss: the other order loses p when the target is nearly certain
-    dx = (tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)) * dloss
+    dx = (tl.exp(x - maximum - log_sum) - tl.where(cols == target, 1.0, 0.0)) * dloss
     dx = tl.where(ignored, 0.0, tl.where(valid, dx, float("nan")))
     dlogits_ptr += row * vocab_size + cols
     tl.store(dlogits_ptr, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)

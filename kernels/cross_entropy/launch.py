@@ -24,29 +24,39 @@ def forward_refuses(input: Tensor, target: Tensor, ignore_index: int) -> str | N
 
 
 def backward_refuses(
-    dlosses: Tensor, input: Tensor, target: Tensor, lse: Tensor, ignore_index: int
+    dlosses: Tensor,
+    input: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
 ) -> str | None:
     return _refuses(input)
 
 
-def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(input.dtype, torch.float32)
     losses = torch.empty(target.shape, dtype=dtype, device=input.device)
-    lse = torch.empty_like(losses)
+    maximum, log_sum = torch.empty_like(losses), torch.empty_like(losses)
     vocab_size = input.shape[-1]
     plan = tuning.plan("forward", vocab_size)
     launch(
         forward_kernel, (target.numel(),),
-        input, target.contiguous(), losses, lse,
+        input, target.contiguous(), losses, maximum, log_sum,
         *_layout(input), input.stride(-1), vocab_size, ignore_index,
         BLOCK_V=plan.block_v, ACC=accumulator(input.dtype),
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
-    return losses, lse
+    return losses, maximum, log_sum
 
 
 def backward(
-    dlosses: Tensor, input: Tensor, target: Tensor, lse: Tensor, ignore_index: int
+    dlosses: Tensor,
+    input: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
 ) -> Tensor:
     dinput = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     vocab_size = input.shape[-1]
@@ -54,7 +64,7 @@ def backward(
     blocks_per_row = triton.cdiv(vocab_size, plan.block_v)
     launch(
         backward_kernel, (target.numel() * blocks_per_row,),
-        dlosses.contiguous(), input, target.contiguous(), lse, dinput,
+        dlosses.contiguous(), input, target.contiguous(), maximum, log_sum, dinput,
         *_layout(input), input.stride(-1), vocab_size, ignore_index, blocks_per_row,
         BLOCK_V=plan.block_v, ACC=accumulator(input.dtype),
         num_warps=plan.num_warps, num_stages=plan.num_stages,

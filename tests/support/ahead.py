@@ -46,8 +46,8 @@ def cross_entropy_launches(dtype: torch.dtype) -> None:
 
 def _cross_entropy(logits: Tensor) -> None:
     targets = empty(*logits.shape[:-1], dtype=torch.int64)
-    losses, lse = cross_entropy.forward(logits, targets, -100)
-    cross_entropy.backward(losses, logits, targets, lse, -100)
+    losses, maximum, log_sum = cross_entropy.forward(logits, targets, -100)
+    cross_entropy.backward(losses, logits, targets, maximum, log_sum, -100)
 
 
 def linear_cross_entropy_launches(dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,6 +44,7 @@ def install() -> None:
     for name in ("cumsum", "cumprod"):
         _replace(interpreter.ScanOps, name, _refusing_bfloat16)
     _replace(builder, "set_grid_dim", _limited_grid)
+    _replace(interpreter.GridExecutor, "__call__", _without_warnings)
 
 
 def _replace(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -112,6 +114,13 @@ def _limited_grid(original: Any, self: Any, *grid: int) -> None:
     if any(side > limit for side, limit in zip(grid, MAX_GRID, strict=True)):
         raise ValueError(f"grid {grid} is beyond what CUDA takes, {MAX_GRID}")
     original(self, *grid)
+
+
+def _without_warnings(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    # numpy warns of infinities and NaN that a GPU computes in silence
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        original(self, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ def narrow_products(ttir: str) -> list[str]:
             scopes.pop()
         known = {name: value for scope in scopes for name, value in scope.items()}
         names, text = _parts(line)
-        operands = [known[name] for name in re.findall(r"%\w+", text) if name in known]
+        arguments = _Value("argument", [])
+        operands = [known.get(name, arguments) for name in re.findall(r"%\w+", text)]
         value = _Value(text, operands)
         if value.operation == "addptr" and len(operands) == 2:
             found += _narrow_in(operands[1])

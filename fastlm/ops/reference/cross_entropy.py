@@ -1,4 +1,6 @@
-"""Cross-entropy per row: loss = lse - input[target], lse = log sum_v exp(input[v]).
+"""Cross-entropy per row: loss = log_sum - (input[target] - maximum), the maximum over the row and
+
+    log_sum = log sum_v exp(input[v] - maximum)
 
 As in torch, a NaN or +inf among the logits of a row, or only -inf, makes its loss and gradient NaN.
 """
@@ -11,8 +13,11 @@ from torch import Tensor
 _ROWS_AT_ONCE = 256
 
 
-def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """``(..., V)`` logits to ``(...)`` losses and lse, float32 or float64.
+def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(..., V)`` logits to ``(...)`` losses, maximum and log_sum, float32 or float64.
+
+    The two parts of lse stay apart because their sum, rounded, has lost what the loss of a likely
+    target consists of.
 
     Raises:
         IndexError: On CPU, a target is neither ``ignore_index`` nor in ``[0, V)``; elsewhere its
@@ -20,26 +25,38 @@ def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
     """
     check_targets("cross_entropy", target, input.shape[-1], ignore_index)
     logits = input.to(torch.promote_types(input.dtype, torch.float32))
-    lse = log_sum_exp(logits)
-    ignored = target == ignore_index
-    invalid = ~ignored & ((target < 0) | (target >= input.shape[-1]))
-    safe = target.masked_fill(ignored | invalid, 0)
-    losses = lse - logits.gather(-1, safe[..., None])[..., 0]
-    return losses.masked_fill(ignored, 0.0).masked_fill(invalid, torch.nan), lse
+    maximum = logits.amax(dim=-1)
+    shifted = logits - maximum[..., None]
+    log_sum = shifted.exp().sum(dim=-1).log()
+    ignored, invalid, safe = classify(target, input.shape[-1], ignore_index)
+    losses = log_sum - shifted.gather(-1, safe[..., None])[..., 0]
+    losses = losses.masked_fill(ignored, 0.0).masked_fill(invalid, torch.nan)
+    return losses, maximum, log_sum
 
 
 def backward(
-    dlosses: Tensor, input: Tensor, target: Tensor, lse: Tensor, ignore_index: int
+    dlosses: Tensor,
+    input: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
 ) -> Tensor:
     """dinput[v] = (exp(input[v] - lse) - [v == target]) dloss, zero at ignored targets."""
-    ignored = target == ignore_index
-    invalid = ~ignored & ((target < 0) | (target >= input.shape[-1]))
-    probabilities = (input.to(lse.dtype) - lse[..., None]).exp()
-    safe = target.masked_fill(ignored | invalid, 0)
+    ignored, invalid, safe = classify(target, input.shape[-1], ignore_index)
+    shifted = input.to(maximum.dtype) - maximum[..., None]
+    probabilities = (shifted - log_sum[..., None]).exp()
     one_hot = torch.zeros_like(probabilities).scatter(-1, safe[..., None], 1.0)
     dinput = (probabilities - one_hot) * dlosses[..., None]
     dinput = dinput.masked_fill(ignored[..., None], 0.0)
     return dinput.masked_fill(invalid[..., None], torch.nan).to(input.dtype)
+
+
+def classify(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which targets are ignored, which are out of range, and targets with 0 in place of both."""
+    ignored = target == ignore_index
+    invalid = ~ignored & ((target < 0) | (target >= vocab_size))
+    return ignored, invalid, target.masked_fill(ignored | invalid, 0)
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
@@ -66,7 +83,9 @@ def check_targets(
         )
 
 
-def truth_forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def truth_forward(
+    input: Tensor, target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`forward` in float64; a target out of range raises IndexError on every device."""
     check_targets("cross_entropy", target, input.shape[-1], ignore_index, may_wait=True)
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
@@ -74,19 +93,26 @@ def truth_forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Ten
         forward(x.double(), y, ignore_index)
         for x, y in zip(rows.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True)
     ]
-    losses, lse = (torch.cat(part).view(target.shape) for part in zip(*parts, strict=True))
-    return losses, lse
+    losses, maximum, log_sum = (torch.cat(x).view(target.shape) for x in zip(*parts, strict=True))
+    return losses, maximum, log_sum
 
 
 def truth_backward(
-    dlosses: Tensor, input: Tensor, target: Tensor, lse: Tensor, ignore_index: int
+    dlosses: Tensor,
+    input: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
 ) -> Tensor:
+    """:func:`backward` in float64, maximum and log_sum too."""
     rows = input.reshape(-1, input.shape[-1])
     per_row = (x.reshape(-1).split(_ROWS_AT_ONCE) for x in (dlosses, target))
     parts = []
     for x, dloss, y in zip(rows.split(_ROWS_AT_ONCE), *per_row, strict=True):
         exact = x.double()
-        parts.append(backward(dloss.double(), exact, y, log_sum_exp(exact), ignore_index))
+        _, maximum, log_sum = forward(exact, y, ignore_index)
+        parts.append(backward(dloss.double(), exact, y, maximum, log_sum, ignore_index))
     return torch.cat(parts).view(input.shape)
 
 

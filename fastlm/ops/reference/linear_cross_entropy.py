@@ -32,11 +32,10 @@ def forward(
         IndexError: On CPU, a target is neither ``ignore_index`` nor in ``[0, V)``; elsewhere its
             loss is NaN.
     """
-    vocab_size = linear_weight.shape[0]
-    cross_entropy.check_targets("linear_cross_entropy", target, vocab_size, ignore_index)
     check_targets(_OP, target, linear_weight.shape[0], ignore_index)
     logits = _logits(input, linear_weight, linear_bias)
-    losses, lse = cross_entropy.forward(logits, target, ignore_index)
+    losses, maximum, log_sum = cross_entropy.forward(logits, target, ignore_index)
+    lse = maximum + log_sum
     return losses, lse.masked_fill(target == ignore_index, 0.0)
 
 
@@ -73,7 +72,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dinput = dlogits W, dW = dlogits^T input, dbias = sum of dlogits over rows."""
     logits = _logits(input, linear_weight, linear_bias)
-    dlogits = cross_entropy.backward(dlosses, logits, target, lse, ignore_index).flatten(0, -2)
+    dlogits = cross_entropy.backward(
+        dlosses, logits, target, lse, torch.zeros_like(lse), ignore_index
+    ).flatten(0, -2)
     rows = input.reshape(-1, input.shape[-1]).to(dlogits.dtype)
     nothing = dlogits.new_empty(0)
     return (

@@ -1,0 +1,631 @@
+"""cross_entropy: what it computes, on every backend, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.host_sync import no_host_sync
+from support.interpreter import interpreted_only, permuted_grid
+from support.layouts import layouts
+from support.mutants import Mutant, killed
+from support.poison import poisoned
+from torch import Tensor
+
+import fastlm
+from fastlm.kernels.cross_entropy import tuning
+from fastlm.testing import assert_all_as_accurate, cross_entropy_inputs, run
+
+BACKENDS = ["triton", "torch", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCK = 16  # of the tiny plan
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_tiny_blocks(monkeypatch)
+
+
+def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tuning.Plan(block_v=BLOCK, num_warps=1)
+    monkeypatch.setattr(tuning, "plan", lambda step, vocab_size: plan)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def torch_loss(
+    logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
+    """What we agree with: F.cross_entropy, here with classes last."""
+    flat = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long(),
+        reduction=reduction, ignore_index=ignore_index,
+    )  # fmt: skip
+    return flat.view(targets.shape) if reduction == "none" else flat
+
+
+def assert_agrees(logits: Tensor, targets: Tensor, backend: str, **kwargs: Any) -> list[Tensor]:
+    """Loss and gradient are as close to float64 as torch's on logits upcast to float32."""
+    actual = run(fastlm.cross_entropy, logits, targets, backend=backend, **kwargs)
+    plain = run(torch_loss, logits, targets, dtype=wide(logits.dtype), **kwargs)
+    truth = run(torch_loss, logits, targets, dtype=torch.float64, **kwargs)
+    assert actual[0].dtype == wide(logits.dtype)
+    assert actual[1].dtype == logits.dtype
+    assert_all_as_accurate("cross_entropy", actual, plain=plain, truth=truth)
+    return actual
+
+
+def bits(results: list[Tensor]) -> list[Tensor]:
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return [x.contiguous().view(integers[x.itemsize]) for x in results]
+
+
+def assert_same_bits(actual: list[Tensor], expected: list[Tensor], why: str = "") -> None:
+    for got, want in zip(bits(actual), bits(expected), strict=True):
+        assert torch.equal(got, want), why
+
+
+def losses_and_gradient(
+    logits: Tensor, targets: Tensor, backend: str = "triton", **kwargs: Any
+) -> list[Tensor]:
+    return run(fastlm.cross_entropy, logits, targets, reduction="none", backend=backend, **kwargs)
+
+
+# Agreement with torch
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (7, 300), (12, 9_000)], ids=str)
+def test_is_as_accurate_as_torch(shape, dtype, reduction, backend, device):
+    logits, targets = cross_entropy_inputs(*shape, dtype, device, ignored=0.2)
+    targets[0] = 3
+    assert_agrees(logits, targets, backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_a_large_vocabulary(backend, device):
+    logits, targets = cross_entropy_inputs(2, 50_257, torch.bfloat16, device, ignored=0)
+    assert_agrees(logits, targets, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (1, 2, 1, 3)], ids=str)
+def test_takes_any_leading_dimensions(shape, backend, device):
+    logits, targets = cross_entropy_inputs(math.prod(shape), 40, device=device, ignored=0)
+    results = assert_agrees(logits.view(*shape, 40), targets.view(shape), backend, reduction="none")
+    assert results[0].shape == shape
+    assert results[1].shape == (*shape, 40)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "vocab_size", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1]
+)
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_holds_at_every_edge_of_a_block(rows, vocab_size, backend, device, tiny_blocks):
+    logits, targets = cross_entropy_inputs(rows, vocab_size, device=device, ignored=0)
+    targets[-1] = vocab_size - 1
+    assert_agrees(logits, targets, backend, reduction="none")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 7), (0, 3, 7), (3, 0, 7)], ids=str)
+def test_no_rows_give_what_torch_gives(shape, backend, device):
+    logits = torch.randn(shape, device=device)
+    targets = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
+    for reduction, want in (("mean", math.nan), ("sum", 0.0)):
+        loss, gradient = run(
+            fastlm.cross_entropy, logits, targets, reduction=reduction, backend=backend
+        )
+        assert loss.item() == want or (math.isnan(want) and loss.isnan())
+        assert gradient.shape == shape
+    losses, _ = losses_and_gradient(logits, targets, backend)
+    assert losses.shape == shape[:-1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32],
+    ids=str,
+)
+def test_takes_any_integer_target(dtype, backend, device):
+    logits, targets = cross_entropy_inputs(6, 100, device=device, ignored=0)
+    expected = run(fastlm.cross_entropy, logits, targets, backend=backend, ignore_index=3)
+    actual = run(fastlm.cross_entropy, logits, targets.to(dtype), backend=backend, ignore_index=3)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ignore_index", [-100, 0, 1, 39, 40, 2**40])
+def test_ignored_rows_have_no_loss_and_no_gradient(ignore_index, backend, device):
+    logits, targets = cross_entropy_inputs(12, 40, device=device, ignored=0)
+    targets[[1, 5, 6]] = ignore_index
+    logits[5] = math.nan
+    logits[6] = math.inf
+    loss, gradient = losses_and_gradient(logits, targets, backend, ignore_index=ignore_index)
+    ignored = targets == ignore_index
+    assert loss[ignored].eq(0).all()
+    assert gradient[ignored].eq(0).all()
+    kept = ~ignored
+    assert_agrees(logits[kept], targets[kept], backend, ignore_index=ignore_index, reduction="none")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_of_nothing_is_nan_with_zero_gradient(backend, device):
+    logits, targets = cross_entropy_inputs(5, 40, device=device, ignored=1.0)
+    for reduction in ("mean", "sum"):
+        loss, gradient = run(
+            fastlm.cross_entropy, logits, targets, reduction=reduction, backend=backend
+        )
+        want, want_gradient = run(torch_loss, logits, targets, reduction=reduction)
+        assert torch.equal(loss.isnan(), want.isnan())
+        assert reduction == "mean" or loss.eq(0)
+        assert gradient.eq(0).all()
+        assert want_gradient.eq(0).all()
+
+
+def kinds(x: Tensor) -> Tensor:
+    return x.isnan() * 1 + x.isposinf() * 2 + x.isneginf() * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_do_what_they_do_in_torch(
+    value, dtype, backend, device, tiny_blocks
+):
+    vocab_size, target = 3 * BLOCK + 5, BLOCK + 3
+    places = [[0], [target], [vocab_size - 1], [0, target], list(range(BLOCK)), range(vocab_size),
+              [v for v in range(vocab_size) if v != target], []]  # fmt: skip
+    logits, _ = cross_entropy_inputs(len(places), vocab_size, dtype, device)
+    for row, columns in enumerate(places):
+        logits[row, list(columns)] = value
+    targets = torch.full((len(places),), target, device=device)
+    actual = losses_and_gradient(logits, targets, backend)
+    expected = run(torch_loss, logits, targets, dtype=wide(dtype), reduction="none")
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.equal(kinds(got), kinds(want))
+    assert_agrees(logits[-1:], targets[-1:], backend, reduction="none")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_logits_do_not_overflow(backend, device, tiny_blocks):
+    logits = torch.full((3, 40), 3e38, device=device)
+    logits[1] = -3e38
+    logits[2, ::2] = -3e38
+    targets = torch.tensor([5, 6, 7], device=device)
+    assert_agrees(logits, targets, backend, reduction="none")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [-(2.0**13), -256.0, 256.0, 2.0**13])
+def test_adding_a_constant_changes_nothing(offset, backend, device):
+    # multiples of 2^-10, which the sum keeps exactly
+    logits, targets = cross_entropy_inputs(6, 300, device=device)
+    logits = (logits * 1024).round() / 1024
+    losses, gradient = losses_and_gradient(logits, targets, backend)
+    shifted, shifted_gradient = losses_and_gradient(logits + offset, targets, backend)
+    unit = 2.0**-24
+    bound = 4 * unit * (abs(offset) + logits.abs().max().item() + math.log(300))
+    assert (shifted - losses).abs().max().item() <= bound
+    assert (shifted_gradient - gradient).abs().max().item() <= 4 * bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_rows_sum_to_zero(dtype, backend, device):
+    logits, targets = cross_entropy_inputs(6, 300, dtype, device)
+    _, gradient = losses_and_gradient(logits, targets, backend)
+    unit = torch.finfo(dtype).eps / 2
+    sums = gradient.double().sum(-1).abs()
+    # each element is rounded once, after float32 arithmetic on probabilities that sum to one
+    allowed = unit * gradient.double().abs().sum(-1) + 300 * 2.0**-24 * gradient.abs().amax(-1)
+    assert (sums <= allowed + 300 * torch.finfo(dtype).tiny * 2.0**-10).all()
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_power_of_two_upstream_scales_the_gradient_exactly(backend, device):
+    logits, targets = cross_entropy_inputs(6, 300, device=device)
+    gradients = []
+    for scale in (1.0, 8.0):
+        leaf = logits.clone().requires_grad_()
+        (fastlm.cross_entropy(leaf, targets, reduction="sum", backend=backend) * scale).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0] * 8, gradients[1])
+    assert gradients[0].norm() > 0
+
+
+def test_float64_runs_through_the_kernel_with_a_float64_accumulator(device, tiny_blocks):
+    logits, targets = cross_entropy_inputs(5, 3 * BLOCK + 2, torch.float64, device)
+    assert_agrees(logits, targets, "triton", reduction="none")
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: fastlm.cross_entropy(x, targets, reduction="none", backend="triton"),
+        logits, eps=1e-6, atol=1e-7, rtol=1e-5, nondet_tol=0,
+    )  # fmt: skip
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expand", [True, False], ids=["stride 0", "transposed"])
+def test_takes_any_incoming_gradient(expand, backend, device):
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    logits, targets = logits.view(2, 3, 40), targets.view(2, 3)
+    upstream = torch.randn(1, device=device).expand(2, 3) if expand else torch.randn(3, 2).t()
+    gradients = []
+    for incoming in (upstream.to(device), upstream.to(device).contiguous()):
+        leaf = logits.clone().requires_grad_()
+        losses = fastlm.cross_entropy(leaf, targets, reduction="none", backend=backend)
+        losses.backward(incoming)
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gives_the_same_loss_with_and_without_a_gradient(backend, device):
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    expected = fastlm.cross_entropy(logits, targets, backend=backend)
+    assert not expected.requires_grad
+    leaf = logits.clone().requires_grad_()
+    assert torch.equal(fastlm.cross_entropy(leaf, targets, backend=backend), expected)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss = fastlm.cross_entropy(leaf, targets, backend=backend)
+        assert not loss.requires_grad
+        assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_retained_graph_gives_the_same_gradient_twice(backend, device):
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    leaf = logits.requires_grad_()
+    loss = fastlm.cross_entropy(leaf, targets, backend=backend)
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_raises(backend, device):
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    leaf = logits.requires_grad_()
+    loss = fastlm.cross_entropy(leaf, targets, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_changing_the_logits_before_backward_raises(backend, device):
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    leaf = logits.requires_grad_()
+    hidden = leaf * 1
+    loss = fastlm.cross_entropy(hidden, targets, backend=backend)
+    hidden.data.add_(0)
+    hidden.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leaves_its_inputs_unchanged(backend, device):
+    logits, targets = cross_entropy_inputs(6, 300, torch.bfloat16, device)
+    logits_before, targets_before = logits.clone(), targets.clone()
+    run(fastlm.cross_entropy, logits, targets, backend=backend)
+    assert_same_bits([logits], [logits_before])
+    assert torch.equal(targets, targets_before)
+
+
+# The operators
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_operators_keep_their_promises_to_pytorch(backend, device):
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    losses, *saved = torch.ops.fastlm.cross_entropy_forward(logits, targets, -100, backend)
+    operators = torch.ops.fastlm
+    torch.library.opcheck(operators.cross_entropy_forward, (logits, targets, -100, backend))
+    torch.library.opcheck(
+        operators.cross_entropy_backward, (losses, logits, targets, *saved, -100, backend)
+    )
+
+
+def mean_loss(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: fastlm.cross_entropy(x * 2, y, backend=backend)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_equals_eager(backend, device, fresh_compiler):
+    function = mean_loss(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 5, 9):
+        logits, targets = cross_entropy_inputs(rows, 40, device=device, ignored=0)
+        assert_same_bits(run(compiled, logits, targets), run(function, logits, targets))
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_inductor_equals_eager(backend, device, fresh_compiler):
+    function = mean_loss(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    logits, targets = cross_entropy_inputs(4, 40, device=device, ignored=0)
+    actual, plain = run(compiled, logits, targets), run(function, logits, targets)
+    truth = run(lambda x, y: torch_loss(x * 2, y), logits, targets, dtype=torch.float64)
+    # inductor may sum the losses in another order
+    assert_all_as_accurate("compiled", actual, plain=plain, truth=truth)
+
+
+def test_the_kernels_never_wait_for_the_device(device):
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    leaf = logits.requires_grad_()
+    with no_host_sync():
+        fastlm.cross_entropy(leaf, targets, backend="triton").backward()
+
+
+# Bit for bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_layout_gives_the_bits_of_the_contiguous_one(dtype, device, tiny_blocks):
+    logits, targets = cross_entropy_inputs(6, 3 * BLOCK + 3, dtype, device)
+    logits, targets = logits.view(2, 3, -1), targets.view(2, 3)
+    expected = losses_and_gradient(logits, targets)
+    for name, view in layouts(logits):
+        actual = losses_and_gradient(view, targets)
+        assert_same_bits(actual, expected, name)
+    for name, view in layouts(targets):
+        assert_same_bits(losses_and_gradient(logits, view), expected, f"targets {name}")
+
+
+def test_expanded_logits_are_read_in_place(device, tiny_blocks):
+    row, targets = cross_entropy_inputs(1, 3 * BLOCK + 3, device=device)
+    targets = torch.arange(6, device=device).view(2, 3)
+    expanded = row.expand(2, 3, -1)
+    actual = losses_and_gradient(expanded, targets)
+    assert_same_bits(actual, losses_and_gradient(expanded.contiguous(), targets))
+
+
+def test_a_shifted_slice_is_read_in_place(device):
+    logits, targets = cross_entropy_inputs(8, 300, device=device)
+    shifted, next_targets = logits.view(2, 4, 300)[:, :-1], targets.view(2, 4)[:, 1:]
+    assert_same_bits(
+        losses_and_gradient(shifted, next_targets),
+        losses_and_gradient(shifted.contiguous(), next_targets.contiguous()),
+    )
+
+
+@interpreted_only
+def test_the_order_of_programs_changes_no_bit(tiny_blocks):
+    logits, targets = cross_entropy_inputs(5, 3 * BLOCK + 3, torch.bfloat16)
+    expected = losses_and_gradient(logits, targets)
+    for seed in range(3):
+        with permuted_grid(seed):
+            assert_same_bits(losses_and_gradient(logits, targets), expected)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(device, tiny_blocks):
+    logits, targets = cross_entropy_inputs(9, 3 * BLOCK + 3, device=device)
+    losses, gradient = losses_and_gradient(logits, targets)
+    order = torch.randperm(9, device=device)
+    ordered_losses, _ = losses_and_gradient(logits[order], targets[order])
+    assert_same_bits([ordered_losses], [losses[order]])
+    for row in range(9):
+        leaf = logits[row : row + 1].clone().requires_grad_()
+        fastlm.cross_entropy(
+            leaf, targets[row : row + 1], reduction="sum", backend="triton"
+        ).backward()
+        alone, _ = losses_and_gradient(logits[row : row + 1], targets[row : row + 1])
+        assert_same_bits([alone], [losses[row : row + 1]])
+        together = logits.clone().requires_grad_()
+        fastlm.cross_entropy(together, targets, reduction="sum", backend="triton").backward()
+        assert_same_bits([leaf.grad], [together.grad[row : row + 1]])
+
+
+def test_a_second_run_gives_the_same_bits(device):
+    logits, targets = cross_entropy_inputs(6, 300, torch.bfloat16, device)
+    first = losses_and_gradient(logits, targets)
+    assert_same_bits(losses_and_gradient(logits, targets), first)
+
+
+def test_what_memory_held_before_does_not_matter(device, tiny_blocks):
+    logits, targets = cross_entropy_inputs(6, 3 * BLOCK + 3, device=device)
+    expected = losses_and_gradient(logits, targets)
+    for byte in (0x00, 0x7F):
+        with poisoned(byte):
+            assert_same_bits(losses_and_gradient(logits, targets), expected)
+
+
+# Refusals
+
+
+def test_leading_dimensions_that_do_not_merge_are_left_to_torch(device):
+    logits, targets = cross_entropy_inputs(24, 40, device=device)
+    logits = logits.view(2, 3, 4, 40).transpose(0, 2)
+    targets = targets.view(2, 3, 4).transpose(0, 2)
+    with pytest.raises(
+        NotImplementedError, match="triton refused: the leading dimensions of input"
+    ):
+        fastlm.cross_entropy(logits, targets, backend="triton")
+    assert_agrees(logits, targets, "torch", reduction="none")
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
+    (dict(input=torch.zeros(3, 5, dtype=torch.int64)), TypeError,
+     "input must be one of float32, bfloat16, float16, float64, got int64"),
+    (dict(input=torch.zeros(3, 5).to_sparse()), TypeError, "input must be a dense tensor, got spars"),
+    (dict(input=torch.zeros(())), ValueError, "input must have at least one dimension"),
+    (dict(input=torch.zeros(3, 0)), ValueError, "input must have at least one class, got V = 0"),
+    (dict(target=torch.zeros(3)), TypeError, "target must be one of int64.*, got float32"),
+    (dict(target=torch.zeros(3, dtype=torch.bool)), TypeError, "target must be one of .* got bool"),
+    (dict(target=torch.zeros(2, dtype=torch.int64)), ValueError,
+     r"target must have shape \(3,\) to match input, got \(2,\)"),
+    (dict(target=torch.zeros(3, dtype=torch.int64, device="meta")), ValueError,
+     "target must be on the device of input, cpu, got meta"),
+    (dict(reduction="avg"), ValueError, "reduction must be one of mean, sum, none, got 'avg'"),
+    (dict(backend="cudnn"), ValueError, "backend must be one of auto, .*, got 'cudnn'"),
+])  # fmt: skip
+def test_refuses(change, error, message):
+    arguments: dict[str, Any] = dict(
+        input=torch.zeros(3, 5), target=torch.zeros(3, dtype=torch.int64)
+    )
+    with pytest.raises(error, match=rf"cross_entropy: {message}"):
+        fastlm.cross_entropy(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("target", [-1, 5, 2**40])
+def test_names_a_target_out_of_range_on_cpu(target, backend):
+    targets = torch.tensor([[0, 1], [target, -100]])
+    message = rf"cross_entropy: target must be in \[0, 5\).*, got {target} at position \[1, 0\]"
+    with pytest.raises(IndexError, match=message):
+        fastlm.cross_entropy(torch.zeros(2, 2, 5), targets, backend=backend)
+
+
+# Any shape
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    vocab_size = draw(st.integers(1, 4 * BLOCK + 1))
+    return dict(
+        rows=draw(st.integers(1, 6)),
+        vocab_size=vocab_size,
+        dtype=draw(st.sampled_from(DTYPES)),
+        ignored=draw(st.sampled_from([0.0, 0.3])),
+        ignore_index=draw(st.sampled_from([-100, 0, vocab_size - 1])),
+        reduction=draw(st.sampled_from(["mean", "sum", "none"])),
+        layout=draw(st.integers(0, 4)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def check_problem(problem: dict[str, Any], device: str) -> None:
+    logits, targets = cross_entropy_inputs(
+        problem["rows"], problem["vocab_size"], problem["dtype"], device,
+        ignored=problem["ignored"], seed=problem["seed"],
+    )  # fmt: skip
+    targets[targets == -100] = problem["ignore_index"]
+    targets[0] = problem["vocab_size"] // 2
+    _, view = layouts(logits)[problem["layout"]]
+    options = dict(reduction=problem["reduction"], ignore_index=problem["ignore_index"])
+    if (targets != problem["ignore_index"]).any():
+        assert_agrees(view, targets, "triton", **options)
+
+
+FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+
+
+@given(problem=problems())
+@settings(max_examples=25, **FUZZ)
+def test_any_problem_is_as_accurate_as_torch(problem, device):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        force_tiny_blocks(monkeypatch)
+        check_problem(problem, device)
+
+
+@pytest.mark.slow
+@given(problem=problems())
+@settings(max_examples=200, **{**FUZZ, "derandomize": False})
+def test_two_hundred_problems_are_as_accurate_as_torch(problem, device):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        force_tiny_blocks(monkeypatch)
+        check_problem(problem, device)
+
+
+# Planted bugs
+
+KERNEL = "kernels/cross_entropy/kernel.py"
+LAUNCH = "kernels/cross_entropy/launch.py"
+MUTANTS = [
+    Mutant("padding of the last block counts", KERNEL,
+           'mask=cols < vocab_size, other=float("-inf")\n        ).to(ACC)\n        new_max',
+           'mask=cols < vocab_size, other=0.0\n        ).to(ACC)\n        new_max'),
+    Mutant("last column is skipped", KERNEL,
+           "range(0, vocab_size, BLOCK_V)", "range(0, vocab_size - 1, BLOCK_V)"),
+    Mutant("sum is not rescaled", KERNEL,
+           "running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)",
+           "running_sum + tl.exp(x - pivot)"),
+    Mutant("a block of only -inf is forgotten", KERNEL,
+           'pivot = tl.where(new_max == float("-inf"), 0.0, new_max)', "pivot = new_max"),
+    Mutant("NaN is swallowed", KERNEL,
+           'lse = tl.where(tl.max(has_nan, 0) > 0, float("nan"), lse)', "lse = lse"),
+    Mutant("ignored rows keep their loss", KERNEL,
+           "loss = tl.where(ignored, 0.0, lse - target_logit.to(ACC))",
+           "loss = lse - tl.where(ignored, 0.0, target_logit.to(ACC))"),
+    Mutant("ignored rows keep their gradient", KERNEL,
+           "dx = tl.where(ignored, 0.0, tl.where(valid", "dx = tl.where(False, 0.0, tl.where(valid"),
+    Mutant("no row has a target", KERNEL, "tl.where(cols == target, 1.0, 0.0)", "0.0"),
+    Mutant("one upstream gradient for all", KERNEL,
+           "tl.load(dlosses_ptr + row)", "tl.load(dlosses_ptr)"),
+    Mutant("stride of the vocabulary is one", KERNEL,
+           "x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row",
+           "x = tl.load(logits_ptr + cols, mask=in_row"),
+    Mutant("outer stride takes the inner one's place", KERNEL,
+           "(row // inner) * stride_outer + (row % inner) * stride_inner\n\n    lanes",
+           "(row // inner) * stride_inner + (row % inner) * stride_outer\n\n    lanes"),
+    Mutant("bfloat16 before the sum", KERNEL,
+           "x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row, other=float(\"-inf\")).to(ACC)",
+           "x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row, other=float(\"-inf\"))"
+           ".to(tl.bfloat16).to(ACC)"),
+    Mutant("weight before the one is taken off", KERNEL,
+           "(tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)) * dloss",
+           "(tl.exp(x - lse) * dloss).to(tl.float16).to(ACC)"
+           " - tl.where(cols == target, 1.0, 0.0) * dloss"),
+    Mutant("a target out of range is a class", KERNEL,
+           "tl.where(valid, dx, float(\"nan\"))", "dx"),
+    Mutant("incoming gradient read by the wrong stride", LAUNCH,
+           "dlosses.contiguous(), input", "dlosses, input"),
+    Mutant("float64 in float32", LAUNCH,
+           "blocks_per_row,\n        BLOCK_V=plan.block_v, ACC=accumulator(input.dtype)",
+           "blocks_per_row,\n        BLOCK_V=plan.block_v, ACC=accumulator(torch.float32)"),
+]  # fmt: skip
+
+
+def check_for_mutants() -> None:
+    """The properties above that a planted bug may break, in a second."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        force_tiny_blocks(monkeypatch)
+        for dtype in (torch.float32, torch.float64):
+            logits, targets = cross_entropy_inputs(6, 3 * BLOCK + 1, dtype)
+            targets[0] = 3 * BLOCK
+            logits, targets = logits.view(2, 3, -1), targets.view(2, 3)
+            for _, view in layouts(logits):
+                assert_agrees(view, targets, "triton", reduction="none")
+        test_values_that_are_not_finite_do_what_they_do_in_torch(
+            -math.inf, torch.float32, "triton", "cpu", None
+        )
+        test_values_that_are_not_finite_do_what_they_do_in_torch(
+            math.nan, torch.float32, "triton", "cpu", None
+        )
+        test_ignored_rows_have_no_loss_and_no_gradient(0, "triton", "cpu")
+        test_takes_any_incoming_gradient(False, "triton", "cpu")
+        logits, _ = cross_entropy_inputs(2, 40)
+        losses, gradient = losses_and_gradient(logits, torch.tensor([40, 3]))
+        assert losses.isnan().tolist() == [True, False]
+        assert gradient.isnan().all(-1).tolist() == [True, False]
+
+
+@interpreted_only
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_planted_bug_is_found(mutant):
+    assert killed(mutant, check_for_mutants)
