@@ -1,0 +1,137 @@
+"""causal_attention under autograd, torch.library and torch.compile."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from support.attention import assert_same_bits, blocks, run, upstream
+
+import fastlm
+from fastlm.testing import attention_inputs
+
+BACKENDS = ["triton", "torch", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks():
+    with blocks(16, 16):
+        yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_the_function(device, backend):
+    # a GPU multiplies no less than 16 by 16
+    block = 16 if device == "cuda" else 2
+    sizes = (1, 2 * block + 1, 2 * block + 2, 2, 1, 2)
+    inputs = attention_inputs(*sizes, torch.float64, device, value_dim=3)
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def function(*inputs):
+        return fastlm.causal_attention(*inputs, scale=0.8, return_lse=True, backend=backend)
+
+    with blocks(block, block):
+        assert torch.autograd.gradcheck(
+            function, leaves, eps=1e-6, atol=1e-7, rtol=1e-5, nondet_tol=0.0
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_keep_the_rules_of_torch_library(device, backend, dtype):
+    inputs = attention_inputs(2, 5, 7, 4, 2, 8, dtype, device, value_dim=4)
+    forward = torch.ops.fastlm.causal_attention_forward.default
+    torch.library.opcheck(forward, (*inputs, 0.3, backend))
+    out, lse = forward(*inputs, 0.3, backend)
+    backward = torch.ops.fastlm.causal_attention_backward.default
+    for needs, with_dlse in (((True, True), True), ((False, True), False), ((True, False), True)):
+        dlse = lse if with_dlse else None
+        torch.library.opcheck(backward, (out, dlse, *inputs, out, lse, 0.3, *needs, backend))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiled_calls_give_the_same_bits(device, backend):
+    def function(*inputs):
+        out, lse = fastlm.causal_attention(*inputs, return_lse=True, backend=backend)
+        return out * 2, lse + 1
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes in ((1, 17, 17, 2, 1, 8), (2, 9, 20, 4, 2, 8), (1, 20, 9, 2, 2, 8)):
+        results = []
+        for call in (function, compiled):
+            leaves = [x.requires_grad_() for x in attention_inputs(*sizes, device=device)]
+            outputs = call(*leaves)
+            grads = upstream(leaves[0], leaves[2])
+            results.append((*outputs, *torch.autograd.grad(outputs, leaves, grads)))
+        assert_same_bits(results[1], results[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_any_subset_of_gradients(device, backend, needs):
+    inputs = attention_inputs(1, 18, 18, 2, 1, 8, device=device)
+    expected = run(*inputs, backend=backend, dout=torch.ones_like(inputs[0]))
+    leaves = [x.requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+    out = fastlm.causal_attention(*leaves, backend=backend)
+    assert out.requires_grad == any(needs)
+    if any(needs):
+        out.sum().backward()  # a gradient of stride 0
+    for x, need, grad in zip(leaves, needs, expected[2:], strict=True):
+        assert (x.grad is not None) == need
+        assert x.grad is None or torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_may_arrive_in_any_layout(device, backend):
+    inputs = attention_inputs(2, 18, 18, 2, 1, 8, device=device)
+    dout, dlse = upstream(inputs[0], inputs[2])
+    expected = run(*inputs, backend=backend, dout=dout, dlse=dlse)
+    for a, b in itertools.combinations(range(4), 2):
+        strided = dout.transpose(a, b).contiguous().transpose(a, b)
+        strided_lse = dlse.transpose(1, 2).contiguous().transpose(1, 2)
+        got = run(*inputs, backend=backend, dout=strided, dlse=strided_lse)
+        assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_alone_and_out_alone_have_gradients(device, backend):
+    inputs = attention_inputs(1, 18, 18, 2, 1, 8, device=device)
+    dout, dlse = upstream(inputs[0], inputs[2])
+    leaves = [x.requires_grad_() for x in inputs]
+    out, lse = fastlm.causal_attention(*leaves, return_lse=True, backend=backend)
+    both = torch.autograd.grad((out, lse), leaves, (dout, dlse), retain_graph=True)
+    first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    second = torch.autograd.grad(lse, leaves, dlse)
+    assert second[0].norm() > 0
+    assert not second[2].any()
+    for total, a, b in zip(both, first, second, strict=True):
+        torch.testing.assert_close(a + b, total)
+
+
+def test_a_graph_can_be_walked_twice_with_the_same_result(device):
+    leaves = [x.requires_grad_() for x in attention_inputs(1, 18, 18, 2, 1, 8, device=device)]
+    for backend in BACKENDS:
+        out = fastlm.causal_attention(*leaves, backend=backend)
+        once = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+        again = torch.autograd.grad(out.square().sum(), leaves)
+        for a, b in zip(once, again, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_raises(device, backend):
+    leaves = [x.requires_grad_() for x in attention_inputs(1, 5, 5, 1, 1, 8, device=device)]
+    out = fastlm.causal_attention(*leaves, backend=backend)
+    (dquery,) = torch.autograd.grad(out.sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dquery.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_are_not_modified(device, backend):
+    inputs = attention_inputs(1, 18, 12, 2, 1, 8, device=device, value_dim=6)
+    copies = [x.clone() for x in inputs]
+    run(*inputs, backend=backend)
+    for x, copy in zip(inputs, copies, strict=True):
+        assert torch.equal(x, copy)

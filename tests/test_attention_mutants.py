@@ -1,0 +1,88 @@
+"""Bugs planted in the attention kernels: each must make a short check fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.attention import blocks, judge
+from support.interpreter import interpreted_only
+from support.memory import guarded, sparse
+from support.mutants import Mutant, killed
+
+import fastlm
+from fastlm.testing import attention_inputs
+
+FORWARD = "kernels/attention/forward.py"
+BACKWARD = "kernels/attention/backward.py"
+TILES = "kernels/attention/tiles.py"
+LAUNCH = "kernels/attention/launch.py"
+
+
+def accurate() -> None:
+    """Three blocks each way, two heads that share keys, a scale of either sign, more queries."""
+    with blocks(16, 16):
+        judge(*attention_inputs(1, 35, 35, 2, 1, 8), backend="triton", scale=-0.4)
+        judge(*attention_inputs(1, 35, 18, 1, 1, 5), backend="triton")
+
+
+def wide() -> None:
+    query, key, value = attention_inputs(1, 3, 3, 1, 1, 4)
+    with blocks(16, 16):
+        expected = fastlm.causal_attention(query, key, value, backend="triton")
+        far = sparse(key.shape, (12, 2**30 + 64, 4, 1), key.dtype).copy_(key)
+        assert torch.equal(fastlm.causal_attention(query, far, value, backend="triton"), expected)
+
+
+def inside() -> None:
+    tensors = [guarded(x) for x in attention_inputs(1, 18, 18, 1, 1, 9)]
+    leaves = [x.requires_grad_() for x in tensors]
+    with blocks(16, 16):
+        out = fastlm.causal_attention(*leaves, backend="triton")
+        out.sum().backward()
+
+
+# (bug, file, old, new, check)
+PLANTED = [
+    ("the diagonal is left out", TILES, "keys <= queries + offset", "keys < queries + offset", accurate),
+    ("ends are not aligned", TILES, "keys <= queries + offset", "keys <= queries", accurate),
+    ("acc is not rescaled", FORWARD, "acc = acc * rescale[:, None]", "acc = acc", accurate),
+    ("the sum is not rescaled", FORWARD, "row_sum * rescale +", "row_sum +", accurate),
+    ("the old maximum is kept", FORWARD, "row_max = new_max", "row_max = row_max", accurate),
+    ("heads map to groups by remainder", FORWARD, "heads // group_size\n", "heads % group_size\n", accurate),
+    ("the sign of the scale is lost", FORWARD, "scale < 0, -1.0", "scale < 0, 1.0", accurate),
+    ("a row without keys divides by 0", FORWARD, "row_sum == 0, 1.0, row_sum", "row_sum == 0, 0.0, row_sum", accurate),
+    ("lse stays in base 2", FORWARD, "tl.log2(row_sum)) * LN_2", "tl.log2(row_sum))", accurate),
+    ("rows are 32 bits wide", TILES, "rows.to(tl.int64)[:, None] * stride + cols[None, :]\n    if CHECK_ROWS and", "rows[:, None] * stride + cols[None, :]\n    if CHECK_ROWS and", wide),
+    ("columns past head_dim are read", TILES, "mask=(rows < num_rows)[:, None] & (cols < DIM)[None, :], other", "mask=(rows < num_rows)[:, None], other", inside),
+    ("one row too many is read", TILES, "mask=(rows < num_rows)[:, None] & (cols < DIM)[None, :], other", "mask=(rows <= num_rows)[:, None] & (cols < DIM)[None, :], other", inside),
+    ("delta forgets dlse", BACKWARD, "delta -= tl.load", "delta -= 0 * tl.load", accurate),
+    ("delta is not subtracted", BACKWARD, "(dp - delta[None, :])", "dp", accurate),
+    ("dkey is not scaled", BACKWARD, "dk * scale", "dk", accurate),
+    ("one head of the group is counted", BACKWARD, "range(num_blocks * group_size)", "range(num_blocks)", accurate),
+    ("blocks before the diagonal are skipped", BACKWARD, "unmasked_end, end,\n        num_queries, num_keys, scale * LOG2_E,", "unmasked_end, unmasked_end,\n        num_queries, num_keys, scale * LOG2_E,", accurate),
+    ("a query too late begins the walk", TILES, "tl.maximum(first_key - offset, 0) // BLOCK_M * BLOCK_M", "tl.cdiv(tl.maximum(first_key - offset, 0), BLOCK_M) * BLOCK_M", accurate),
+    ("strides of key and value are swapped", LAUNCH, "*query.stride()[:3], *key.stride()[:3], *value.stride()[:3],\n        batch", "*query.stride()[:3], *value.stride()[:3], *key.stride()[:3],\n        batch", accurate),
+]  # fmt: skip
+# a normal run plants these; the rest are for the long one
+QUICK = {
+    "the diagonal is left out",
+    "acc is not rescaled",
+    "heads map to groups by remainder",
+    "rows are 32 bits wide",
+    "columns past head_dim are read",
+    "delta is not subtracted",
+    "one head of the group is counted",
+    "a query too late begins the walk",
+}
+
+
+@interpreted_only
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "check"),
+    [
+        pytest.param(*planted, id=planted[0], marks=[] if planted[0] in QUICK else pytest.mark.slow)
+        for planted in PLANTED
+    ],
+)
+def test_a_planted_bug_is_found(name, file, old, new, check):
+    assert killed(Mutant(name, file, old, new), check)
