@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastlm.cli._flags import parse
 from fastlm.cli.next import described
-from fastlm.training.config import TrainConfig
+from fastlm.training.demo import STEPS, demo_config
 
 FOLDER = "runs/demo"
 
@@ -26,7 +26,7 @@ class DemoOptions:
     """Text to train on instead: a file, a folder of text files, or .jsonl."""
     out: str = FOLDER
     """Run folder; the default one is replaced, any other must hold no run."""
-    steps: int = 400
+    steps: int = STEPS
     """Optimizer steps."""
     prompt: str = "def __init__(self, "
     """Text to go on from."""
@@ -34,12 +34,12 @@ class DemoOptions:
 
 def run(argv: Sequence[str]) -> int:
     options = parse(DemoOptions, "demo", argv)
-    config = TrainConfig(
+    config = demo_config(
+        options.out,
         data=options.data,
-        out=options.out,
+        prompt=options.prompt,
         steps=options.steps,
         overwrite=options.out == FOLDER,
-        prompt=options.prompt,
     )
     # here and not above: help needs no torch
     from fastlm.inference.language_model import load

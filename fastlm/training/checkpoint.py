@@ -230,8 +230,8 @@ def load_latest(folder: Path) -> Checkpoint:
     for name in names:
         try:
             checkpoint = load(folder / name)
-        except CheckpointCorruptError as damage:
-            damages.append(str(damage))
+        except CheckpointCorruptError as error:
+            damages.append(str(error))
             continue
         for damage in damages:
             warnings.warn(

@@ -15,6 +15,9 @@ OptimizerName = Literal["muon", "adamw"]
 Schedule = Literal["linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16"]
 
+DEFAULT_VOCAB_SIZE = 1024
+"""Of a BPE tokenizer."""
+
 BYTE_LEVEL_MINIMUM = 257
 """A byte-level vocabulary: 256 bytes and the end-of-text token."""
 
@@ -75,7 +78,7 @@ class TrainConfig:
     """Sequences of full length in a micro-batch. None: by size."""
     grad_accumulation: int = 1
     """Micro-batches for each optimizer step."""
-    steps: int = 400
+    steps: int = 440
     """Optimizer steps."""
 
     optimizer: OptimizerName = "muon"
@@ -84,7 +87,7 @@ class TrainConfig:
     """Peak learning rate: of the blocks' matrices for muon, of everything for adamw. None: 0.02
     or 0.001."""
     embedding_lr: float | None = None
-    """Peak learning rate of embedding, output layer and norms. None: 0.008 for muon, lr for
+    """Peak learning rate of embedding, output layer and norms. None: 0.01 for muon, lr for
     adamw."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices, not of norms or embeddings."""
@@ -128,7 +131,7 @@ class TrainConfig:
         _check_ranges(self)
         _check_together(self)
 
-    def resolved(self) -> TrainConfig:
+    def resolved(self) -> ResolvedConfig:
         """The same run with no None left among the shapes, rates and intervals."""
         preset = _PRESETS[self.size]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -147,10 +150,10 @@ class TrainConfig:
             if values[name] is None:
                 values[name] = value
         if self.embedding_lr is None:
-            values["embedding_lr"] = 0.008 if self.optimizer == "muon" else values["lr"]
+            values["embedding_lr"] = 0.01 if self.optimizer == "muon" else values["lr"]
         if self.vocab_size is None and self.tokenizer == "bpe":
-            values["vocab_size"] = 1024
-        return TrainConfig(**values)
+            values["vocab_size"] = DEFAULT_VOCAB_SIZE
+        return ResolvedConfig(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in config.yaml."""
@@ -168,14 +171,32 @@ class TrainConfig:
         return cls(**{name: _number_from_yaml(cls, name, value) for name, value in values.items()})
 
 
+class ResolvedConfig(TrainConfig):
+    """What :meth:`TrainConfig.resolved` returns: these are never None."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    context: int
+    short_context: int
+    batch_size: int
+    lr: float
+    embedding_lr: float
+    warmup: int
+    eval_every: int
+    save_every: int
+
+
 _PRESETS: dict[str, dict[str, int]] = {
     "nano": {
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "hidden_size": 128,
-        "num_attention_heads": 4,
+        "num_attention_heads": 2,
         "intermediate_size": 256,
-        "context": 128,
-        "batch_size": 16,
+        "context": 256,
+        "batch_size": 2,
     },
     "micro": {
         "num_hidden_layers": 6,
@@ -290,7 +311,7 @@ def _check_together(config: TrainConfig) -> None:
     hidden = config.hidden_size or preset["hidden_size"]
     heads = config.num_attention_heads or preset["num_attention_heads"]
     kv_heads = config.num_key_value_heads or heads
-    if config.tokenizer == "bpe" and (config.vocab_size or 1024) < BYTE_LEVEL_MINIMUM:
+    if config.tokenizer == "bpe" and (config.vocab_size or DEFAULT_VOCAB_SIZE) < BYTE_LEVEL_MINIMUM:
         least = f"be at least {BYTE_LEVEL_MINIMUM} for byte-level BPE (256 bytes and end of text)"
         raise _error("vocab_size", least, config.vocab_size)
     if hidden % heads or hidden // heads % 2:
@@ -337,10 +358,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         pass
 
-    def mapping(loader: Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+            key = loader.construct_object(key_node)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise ConfigError(f"train: {path}: {key!r} appears twice, again on line {line}")

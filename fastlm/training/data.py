@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.training.tokenizer import END_OF_TEXT, encode_documents
+from fastlm.training.tokenizer import encode_documents, end_of_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -209,7 +209,7 @@ def write_tokens(
     vocab_size = tokenizer.get_vocab_size()
     dtype = token_dtype(vocab_size)
     everything = folder / "everything.bin"
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text(tokenizer)
     with everything.open("wb") as stream:
         for piece, ids in encode_documents(tokenizer, corpus):
             stream.write(np.asarray([*ids, end] if piece.closes else ids, dtype).tobytes())
@@ -224,14 +224,17 @@ def write_tokens(
             f"data: {corpus.name} must give more than context = {context} tokens to train on and "
             f"to hold out, got {count - held_out} and {held_out}"
         )
-    ids = np.memmap(everything, dtype, "r")
+    tokens: np.ndarray = np.memmap(everything, dtype, "r")
     description = {"vocab_size": vocab_size, "dtype": dtype.str}
-    for name, part in (("train", ids[: count - held_out]), ("validation", ids[count - held_out :])):
+    for name, part in (
+        ("train", tokens[: count - held_out]),
+        ("validation", tokens[count - held_out :]),
+    ):
         part.tofile(folder / f"{name}.bin")
         description[name] = len(part)
-        description[f"{name}_sha256"] = hashlib.sha256(part).hexdigest()
+        description[f"{name}_sha256"] = hashlib.sha256(part.data).hexdigest()
     (folder / "tokens.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
-    del ids
+    del tokens
     everything.unlink()
     return read_tokens(folder)
 
@@ -268,13 +271,13 @@ def _map_tokens(
     size = file.stat().st_size
     if size != count * dtype.itemsize:
         raise DataError(f"data: {file} must hold {count * dtype.itemsize} bytes, got {size}")
-    tokens = np.memmap(file, dtype, "r")
+    tokens: np.ndarray = np.memmap(file, dtype, "r")
     place = int(tokens.argmax())
     if tokens[place] >= vocab_size:
         raise DataError(
             f"data: {file} must hold ids below {vocab_size}, got {tokens[place]} at token {place}"
         )
-    if hashlib.sha256(tokens).hexdigest() != sha256:
+    if hashlib.sha256(tokens.data).hexdigest() != sha256:
         raise DataError(f"data: {file} is damaged: its SHA-256 is not the one in tokens.json")
     return tokens
 

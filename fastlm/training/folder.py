@@ -17,7 +17,13 @@ import torch
 from tokenizers import Tokenizer
 
 from fastlm.training import tokenizer as tokenizers_
-from fastlm.training.config import ConfigError, TrainConfig, read_config, write_config
+from fastlm.training.config import (
+    DEFAULT_VOCAB_SIZE,
+    ConfigError,
+    ResolvedConfig,
+    read_config,
+    write_config,
+)
 from fastlm.training.data import Corpus, DataError, Tokens, read_tokens, write_tokens
 
 # settings that a run cannot change when it goes on
@@ -42,7 +48,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.config = self.path / "config.yaml"
 
-    def start(self, config: TrainConfig) -> tuple[Tokenizer, Tokens]:
+    def start(self, config: ResolvedConfig) -> tuple[Tokenizer, Tokens]:
         """Make the folder for a new run, with its tokenizer and its tokens.
 
         Raises:
@@ -62,7 +68,6 @@ class RunFolder:
             self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
         tokenizer = _train_tokenizer(corpus, config)
-        assert config.context is not None
         tokens = write_tokens(
             corpus, tokenizer, self.tokens, context=config.context, validation=config.validation
         )
@@ -72,7 +77,7 @@ class RunFolder:
         write_config(config, self.config)
         return tokenizer, tokens
 
-    def reopen(self, config: TrainConfig) -> tuple[Tokenizer, Tokens]:
+    def reopen(self, config: ResolvedConfig) -> tuple[Tokenizer, Tokens]:
         """The tokenizer and the tokens of the run that is there.
 
         Raises:
@@ -145,10 +150,9 @@ def replace_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _train_tokenizer(corpus: Corpus, config: TrainConfig) -> Tokenizer:
+def _train_tokenizer(corpus: Corpus, config: ResolvedConfig) -> Tokenizer:
     if config.tokenizer == "bpe":
-        assert config.vocab_size is not None
-        return tokenizers_.train_bpe(corpus, config.vocab_size)
+        return tokenizers_.train_bpe(corpus, config.vocab_size or DEFAULT_VOCAB_SIZE)
     tokenizer = tokenizers_.train_characters(corpus)
     size = tokenizer.get_vocab_size()
     if config.vocab_size is not None and size > config.vocab_size:

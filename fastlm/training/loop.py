@@ -20,14 +20,14 @@ from fastlm.model.config import CausalLMConfig
 from fastlm.model.transformer import IGNORE_INDEX, CausalLM
 from fastlm.training import checkpoint as checkpoints
 from fastlm.training.checkpoint import Checkpoint, CheckpointWarning
-from fastlm.training.config import ConfigError, TrainConfig
+from fastlm.training.config import ConfigError, ResolvedConfig, TrainConfig
 from fastlm.training.console import Display
 from fastlm.training.data import Batches, Tokens, validation_batches
 from fastlm.training.folder import RunFolder
 from fastlm.training.interrupt import Interrupt, interruptible
 from fastlm.training.optimizer import Optimizer, learning_rate_share
 from fastlm.training.report import opening, write_report
-from fastlm.training.tokenizer import END_OF_TEXT, token_bytes
+from fastlm.training.tokenizer import end_of_text, token_bytes
 
 FINAL_EVAL_TOKENS = 4_194_304
 """Held-out tokens read after the last step."""
@@ -91,16 +91,18 @@ def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) 
         KeyboardInterrupt: After Ctrl-C, when the run is saved.  SIGTERM: SystemExit.
         OSError: The run folder cannot be written.
     """
-    config = config.resolved()
-    device, dtype = _device(config.device), _dtype(config)
-    folder = RunFolder(config.out)
+    settings = config.resolved()
+    device, dtype = _device(settings.device), _dtype(settings)
+    folder = RunFolder(settings.out)
     # the caller's random numbers stay as they are
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), interruptible() as interrupt:
-        tokenizer, tokens = folder.start(config) if config.resume is None else folder.reopen(config)
-        torch.manual_seed(config.seed)
-        run = _Run(config, folder, tokenizer, tokens, device, dtype)
-        with Display(config.steps, run.step) as display:
+        tokenizer, tokens = (
+            folder.start(settings) if settings.resume is None else folder.reopen(settings)
+        )
+        torch.manual_seed(settings.seed)
+        run = _Run(settings, folder, tokenizer, tokens, device, dtype)
+        with Display(settings.steps, run.step) as display:
             run.introduce(display)
             run.advance(display, interrupt, on_step)
             val_loss, val_bpb = run.finish(display)
@@ -142,14 +144,13 @@ class _Run:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: ResolvedConfig,
         folder: RunFolder,
         tokenizer: Tokenizer,
         tokens: Tokens,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        assert config.context is not None and config.batch_size is not None
         self.config, self.folder, self.tokenizer, self.device = config, folder, tokenizer, device
         self.tokens, self.dtype = tokens, dtype
         self.model = CausalLM(_model_config(config, tokenizer)).to(device)
@@ -221,7 +222,6 @@ class _Run:
     ) -> None:
         """Step until the end or a signal, logging, validating and saving on the way."""
         config = self.config
-        assert config.eval_every is not None and config.save_every is not None
         self._start_clock()
         while self.step < config.steps and interrupt.signal is None:
             self._train_step()
@@ -313,7 +313,6 @@ class _Run:
     def evaluate(self, most_tokens: int) -> tuple[float, float]:
         """Nats per token and bits per byte over the held-out tokens, or an even sample of them."""
         config = self.config
-        assert config.context is not None and config.batch_size is not None
         rows = max(config.batch_size, EVAL_BATCH_TOKENS // config.context)
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         tokens, text_bytes = 0, torch.zeros((), dtype=torch.int64, device=self.device)
@@ -365,9 +364,8 @@ class _Run:
         return loss, bpb
 
 
-def _two_phases(config: TrainConfig, tokens: Tokens) -> Callable[[int], Batch]:
+def _two_phases(config: ResolvedConfig, tokens: Tokens) -> Callable[[int], Batch]:
     """Micro-batch by its number: short sequences first, then full ones, of as many tokens."""
-    assert config.context and config.short_context and config.batch_size
     rows = config.batch_size * config.context // config.short_context
     short = Batches(tokens.train, config.short_context, rows, config.seed)
     full = Batches(tokens.train, config.context, config.batch_size, config.seed)
@@ -417,7 +415,7 @@ def initialize(model: CausalLM) -> None:
             nn.init.normal_(parameter, std=0.6 / math.sqrt(parameter.shape[1]))
 
 
-def _model_config(config: TrainConfig, tokenizer: Tokenizer) -> CausalLMConfig:
+def _model_config(config: ResolvedConfig, tokenizer: Tokenizer) -> CausalLMConfig:
     return CausalLMConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=config.hidden_size,
@@ -430,8 +428,8 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer) -> CausalLMConfig:
         rope_theta=config.rope_theta,
         tie_word_embeddings=config.tie_word_embeddings,
         # what ends one document is what the next one follows
-        bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
-        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+        bos_token_id=end_of_text(tokenizer),
+        eos_token_id=end_of_text(tokenizer),
     )
 
 
@@ -447,7 +445,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(config: TrainConfig) -> torch.dtype:
+def _dtype(config: ResolvedConfig) -> torch.dtype:
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     on_gpu = _device(config.device).type == "cuda"

@@ -9,12 +9,13 @@ instructions emulate.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastlm.training.config import TrainConfig
+from fastlm.training.config import ResolvedConfig
 
 # Polar Express (Amsel et al., 2025, https://arxiv.org/abs/2505.16932): the odd quintics that,
 # applied in turn, bring singular values in [0.01, 1] closest to 1, computed for three of them: all
@@ -24,10 +25,10 @@ MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.99)
 
 
-def learning_rate_share(step: int, config: TrainConfig) -> float:
+def learning_rate_share(step: int, config: ResolvedConfig) -> float:
     """What part of the peak learning rate ``step``, counted from 0, uses.
 
-    Rises linearly over the warm-up, and falls to 0 at the end of the run.  ``config`` is resolved.
+    Rises linearly over the warm-up, and falls to 0 at the end of the run.
     """
     rise = min(1.0, (step + 1) / (config.warmup or 1))
     falling = config.decay * config.steps
@@ -83,7 +84,7 @@ class Muon:
         weight_decay: Each step shrinks the matrices by ``lr * weight_decay``.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], lr: float, weight_decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], lr: float, weight_decay: float) -> None:
         self.lr, self.weight_decay = lr, weight_decay
         by_shape: dict[tuple[torch.Size, torch.device], list[str]] = {}
         for name, parameter in parameters.items():
@@ -125,14 +126,13 @@ class Optimizer:
 
     Args:
         model: Its parameters under ``layers`` are the blocks'.
-        config: A resolved configuration.
+        config: The run.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: ResolvedConfig) -> None:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         blocks = {n: p for n, p in named.items() if ".layers." in f".{n}" and p.dim() == 2}
         rest = {n: p for n, p in named.items() if n not in blocks}
-        assert config.lr is not None and config.embedding_lr is not None
         self.muon = None
         groups = [{"params": list(rest.values()), "lr": config.embedding_lr, "weight_decay": 0.0}]
         if config.optimizer == "muon":
@@ -149,7 +149,7 @@ class Optimizer:
             self.names = [*rest, *blocks]
         # fused: one pass over all parameters, and the only one that can skip a step on the device
         self.adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)
-        self.peaks = [group["lr"] for group in groups]
+        self.peaks: list[float] = [group["lr"] for group in self.adamw.param_groups]
 
     def step(self, share: float, healthy: Tensor) -> None:
         """One update at ``share`` of the learning rates.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.inference.language_model import LanguageModel
-from fastlm.training.config import TrainConfig
+from fastlm.training.config import ResolvedConfig
 from fastlm.training.folder import RunFolder, replace_file
 
 SAMPLE_TOKENS = 200
@@ -26,7 +26,7 @@ def opening(text: str) -> str:
 
 
 def write_report(
-    folder: RunFolder, config: TrainConfig, lm: LanguageModel, prompt: str
+    folder: RunFolder, config: ResolvedConfig, lm: LanguageModel, prompt: str
 ) -> list[str]:
     """Write report.md and, where matplotlib is installed, loss.png; return their names.
 

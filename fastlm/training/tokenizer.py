@@ -86,8 +86,13 @@ def token_bytes(tokenizer: Tokenizer) -> list[int]:
         len(token) if is_byte_level else len(token.encode())
         for token in (by_id[id] for id in range(tokenizer.get_vocab_size()))
     ]
-    lengths[tokenizer.token_to_id(END_OF_TEXT)] = 0
+    lengths[end_of_text(tokenizer)] = 0
     return lengths
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id that closes each document."""
+    return tokenizer.get_vocab()[END_OF_TEXT]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
