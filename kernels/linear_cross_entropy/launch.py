@@ -75,9 +75,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     losses = input.new_empty(target.shape, dtype=wide_dtype(input))
     lse = torch.empty_like(losses)
-    rows_of = losses.view(-1), lse.view(-1), target.reshape(-1)
+    flat_losses, flat_lse, flat_target = losses.view(-1), lse.view(-1), target.reshape(-1)
     for rows, logits in _chunks(input.reshape(-1, input.shape[-1]), linear_weight):
-        _launch_loss(logits, linear_bias, *(x[rows] for x in rows_of), ignore_index)
+        _launch_loss(
+            logits, linear_bias, flat_losses[rows], flat_lse[rows], flat_target[rows], ignore_index
+        )
     return losses, lse
 
 

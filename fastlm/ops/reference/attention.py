@@ -168,9 +168,9 @@ def plain_backward(
     need_dquery: bool,
     need_dkey_dvalue: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    q, k, v = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
     with torch.enable_grad():
-        out, lse = plain_forward(*inputs, scale)
+        out, lse = plain_forward(q, k, v, scale)
         outputs = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse)]
         roots, grads = zip(*outputs, strict=True)
         dquery, dkey, dvalue = torch.autograd.grad(roots, inputs, grads, materialize_grads=True)
