@@ -5,6 +5,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt
 # Two workers with a thread each: threads of both would wait for each other at every barrier.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile
+FLOOR_PIP = .venv/bin/python -m pip --python .venv-floor/bin/python install --quiet --no-deps
 SOURCES := setup.py pyproject.toml constraints.txt
 # seen from inside a virtual environment: where the packages of .venv are
 PACKAGES = $(shell .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -66,10 +67,10 @@ clean:
 	touch $@
 
 .venv-floor/.installed: .venv/.test
-	$(PYTHON) -m venv --clear .venv-floor
-	.venv-floor/bin/python -m pip install --quiet --no-deps triton==3.6.0
-	.venv-floor/bin/python -m pip install --quiet --no-deps torch==2.11.0+cpu 2>/dev/null || \
+	$(PYTHON) -m venv --clear --without-pip .venv-floor
+	$(FLOOR_PIP) triton==3.6.0
+	$(FLOOR_PIP) torch==2.11.0+cpu 2>/dev/null || \
 	echo "pip finds no CPU build of torch 2.11: the floor is tested with the torch of .venv"
 	echo $(PACKAGES) > "$$(echo .venv-floor/lib/python*/site-packages)/packages.pth"
-	.venv-floor/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(FLOOR_PIP) --no-build-isolation --force-reinstall -e .
 	touch $@
