@@ -130,18 +130,21 @@ def cross_entropy_inputs(
     device: torch.device | str = "cpu",
     *,
     ignored: float = 0.25,
+    likely: float = 0.5,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Logits ``(rows, vocab_size)`` with a peak in most rows, and targets, some of them -100.
+    """Logits ``(rows, vocab_size)`` with a peak in each row, and targets.
 
-    Uniform logits would hide a column that is counted twice or not at all.
+    Uniform logits would hide a column that is counted twice or not at all.  About ``likely`` of the
+    targets are at the peak, and then ``ignored`` of all become -100.
     """
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(rows, vocab_size, generator=generator)
+    wide = torch.promote_types(dtype, torch.float32)
+    logits = 3 * torch.randn(rows, vocab_size, generator=generator, dtype=wide)
     peaks = torch.randint(vocab_size, (rows,), generator=generator)
     logits[torch.arange(rows), peaks] += 8
     targets = torch.randint(vocab_size, (rows,), generator=generator)
-    agreeing = torch.rand(rows, generator=generator) < 0.5
+    agreeing = torch.rand(rows, generator=generator) < likely
     targets = torch.where(agreeing, peaks, targets)
     targets[torch.rand(rows, generator=generator) < ignored] = -100
     return logits.to(device, dtype), targets.to(device)

@@ -85,7 +85,7 @@ def losses_and_gradient(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 5), (7, 300), (12, 9_000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (7, 300), (4, 9_000)], ids=str)
 def test_is_as_accurate_as_torch(shape, dtype, reduction, backend, device):
     logits, targets = cross_entropy_inputs(*shape, dtype, device, ignored=0.2)
     targets[0] = 3
@@ -101,19 +101,20 @@ def test_takes_a_large_vocabulary(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (1, 2, 1, 3)], ids=str)
 def test_takes_any_leading_dimensions(shape, backend, device):
-    logits, targets = cross_entropy_inputs(math.prod(shape), 40, device=device, ignored=0)
+    logits, targets = cross_entropy_inputs(math.prod(shape), 40, device=device, ignored=0, likely=0)
     results = assert_agrees(logits.view(*shape, 40), targets.view(shape), backend, reduction="none")
     assert results[0].shape == shape
     assert results[1].shape == (*shape, 40)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "vocab_size", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1]
-)
+@pytest.mark.parametrize("vocab_size", [1, 2, *(k * BLOCK + d for k in (1, 3) for d in (-1, 0, 1))])
 @pytest.mark.parametrize("rows", [1, 2, 17])
 def test_holds_at_every_edge_of_a_block(rows, vocab_size, backend, device, tiny_blocks):
     logits, targets = cross_entropy_inputs(rows, vocab_size, device=device, ignored=0)
+    if rows <= 2:
+        # the loss of a likely target is almost zero: one alone shows luck, not accuracy
+        logits = logits.clamp(max=2.0)
     targets[-1] = vocab_size - 1
     assert_agrees(logits, targets, backend, reduction="none")
 
@@ -248,8 +249,7 @@ def test_a_power_of_two_upstream_scales_the_gradient_exactly(backend, device):
 
 
 def test_float64_runs_through_the_kernel_with_a_float64_accumulator(device, tiny_blocks):
-    logits, targets = cross_entropy_inputs(5, 3 * BLOCK + 2, torch.float64, device)
-    assert_agrees(logits, targets, "triton", reduction="none")
+    logits, targets = cross_entropy_inputs(2, 2 * BLOCK + 1, torch.float64, device, ignored=0)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: fastlm.cross_entropy(x, targets, reduction="none", backend="triton"),
@@ -304,8 +304,9 @@ def test_double_backward_raises(backend, device):
     leaf = logits.requires_grad_()
     loss = fastlm.cross_entropy(leaf, targets, backend=backend)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    assert torch.equal(gradient, torch.autograd.grad(loss, leaf, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="the gradient of a gradient is not implemented"):
+        (loss.detach() + gradient.square().sum()).backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -363,9 +364,9 @@ def test_compiled_equals_eager(backend, device, fresh_compiler):
         assert_same_bits(run(compiled, logits, targets), run(function, logits, targets))
 
 
-@pytest.mark.parametrize("backend", ["triton"])
-def test_inductor_equals_eager(backend, device, fresh_compiler):
-    function = mean_loss(backend)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_inductor_equals_eager(device, fresh_compiler):
+    function = mean_loss("triton")
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     logits, targets = cross_entropy_inputs(4, 40, device=device, ignored=0)
     actual, plain = run(compiled, logits, targets), run(function, logits, targets)
@@ -424,20 +425,23 @@ def test_the_order_of_programs_changes_no_bit(tiny_blocks):
 
 def test_a_row_does_not_depend_on_its_neighbours(device, tiny_blocks):
     logits, targets = cross_entropy_inputs(9, 3 * BLOCK + 3, device=device)
-    losses, gradient = losses_and_gradient(logits, targets)
+    losses, _ = losses_and_gradient(logits, targets)
     order = torch.randperm(9, device=device)
     ordered_losses, _ = losses_and_gradient(logits[order], targets[order])
     assert_same_bits([ordered_losses], [losses[order]])
+    together = gradient_of_sum(logits, targets)
     for row in range(9):
-        leaf = logits[row : row + 1].clone().requires_grad_()
-        fastlm.cross_entropy(
-            leaf, targets[row : row + 1], reduction="sum", backend="triton"
-        ).backward()
-        alone, _ = losses_and_gradient(logits[row : row + 1], targets[row : row + 1])
-        assert_same_bits([alone], [losses[row : row + 1]])
-        together = logits.clone().requires_grad_()
-        fastlm.cross_entropy(together, targets, reduction="sum", backend="triton").backward()
-        assert_same_bits([leaf.grad], [together.grad[row : row + 1]])
+        alone = slice(row, row + 1)
+        loss, _ = losses_and_gradient(logits[alone], targets[alone])
+        gradient = gradient_of_sum(logits[alone], targets[alone])
+        assert_same_bits([loss, gradient], [losses[alone], together[alone]])
+
+
+def gradient_of_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    fastlm.cross_entropy(leaf, targets, reduction="sum", backend="triton").backward()
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def test_a_second_run_gives_the_same_bits(device):
@@ -461,9 +465,7 @@ def test_leading_dimensions_that_do_not_merge_are_left_to_torch(device):
     logits, targets = cross_entropy_inputs(24, 40, device=device)
     logits = logits.view(2, 3, 4, 40).transpose(0, 2)
     targets = targets.view(2, 3, 4).transpose(0, 2)
-    with pytest.raises(
-        NotImplementedError, match="triton refused: the leading dimensions of input"
-    ):
+    with pytest.raises(NotImplementedError, match="triton refused: the leading dim"):
         fastlm.cross_entropy(logits, targets, backend="triton")
     assert_agrees(logits, targets, "torch", reduction="none")
 
@@ -472,7 +474,7 @@ def test_leading_dimensions_that_do_not_merge_are_left_to_torch(device):
     (dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
     (dict(input=torch.zeros(3, 5, dtype=torch.int64)), TypeError,
      "input must be one of float32, bfloat16, float16, float64, got int64"),
-    (dict(input=torch.zeros(3, 5).to_sparse()), TypeError, "input must be a dense tensor, got spars"),
+    (dict(input=torch.zeros(3, 5).to_sparse()), TypeError, "input must be a dense tensor"),
     (dict(input=torch.zeros(())), ValueError, "input must have at least one dimension"),
     (dict(input=torch.zeros(3, 0)), ValueError, "input must have at least one class, got V = 0"),
     (dict(target=torch.zeros(3)), TypeError, "target must be one of int64.*, got float32"),
@@ -558,71 +560,65 @@ KERNEL = "kernels/cross_entropy/kernel.py"
 LAUNCH = "kernels/cross_entropy/launch.py"
 MUTANTS = [
     Mutant("padding of the last block counts", KERNEL,
-           'mask=cols < vocab_size, other=float("-inf")\n        ).to(ACC)\n        new_max',
-           'mask=cols < vocab_size, other=0.0\n        ).to(ACC)\n        new_max'),
+           'other=float("-inf")\n        ).to(ACC)\n        new_max',
+           'other=0.0\n        ).to(ACC)\n        new_max'),
     Mutant("last column is skipped", KERNEL,
            "range(0, vocab_size, BLOCK_V)", "range(0, vocab_size - 1, BLOCK_V)"),
     Mutant("sum is not rescaled", KERNEL,
-           "running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)",
-           "running_sum + tl.exp(x - pivot)"),
+           "running_sum * tl.exp(running_max - pivot) +", "running_sum +"),
     Mutant("a block of only -inf is forgotten", KERNEL,
            'pivot = tl.where(new_max == float("-inf"), 0.0, new_max)', "pivot = new_max"),
     Mutant("NaN is swallowed", KERNEL,
-           'lse = tl.where(tl.max(has_nan, 0) > 0, float("nan"), lse)', "lse = lse"),
+           "new_max = tl.maximum(running_max, x)",
+           "x = tl.where(x != x, 0.0, x)\n        new_max = tl.maximum(running_max, x)"),
     Mutant("ignored rows keep their loss", KERNEL,
-           "loss = tl.where(ignored, 0.0, lse - target_logit.to(ACC))",
-           "loss = lse - tl.where(ignored, 0.0, target_logit.to(ACC))"),
+           "loss = tl.where(ignored,", "loss = tl.where(False,"),
     Mutant("ignored rows keep their gradient", KERNEL,
-           "dx = tl.where(ignored, 0.0, tl.where(valid", "dx = tl.where(False, 0.0, tl.where(valid"),
+           "dx = tl.where(ignored,", "dx = tl.where(False,"),
     Mutant("no row has a target", KERNEL, "tl.where(cols == target, 1.0, 0.0)", "0.0"),
     Mutant("one upstream gradient for all", KERNEL,
            "tl.load(dlosses_ptr + row)", "tl.load(dlosses_ptr)"),
     Mutant("stride of the vocabulary is one", KERNEL,
-           "x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row",
-           "x = tl.load(logits_ptr + cols, mask=in_row"),
+           "cols * stride_vocab, mask=in_row", "cols, mask=in_row"),
     Mutant("outer stride takes the inner one's place", KERNEL,
            "(row // inner) * stride_outer + (row % inner) * stride_inner\n\n    lanes",
            "(row // inner) * stride_inner + (row % inner) * stride_outer\n\n    lanes"),
-    Mutant("bfloat16 before the sum", KERNEL,
-           "x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row, other=float(\"-inf\")).to(ACC)",
-           "x = tl.load(logits_ptr + cols * stride_vocab, mask=in_row, other=float(\"-inf\"))"
-           ".to(tl.bfloat16).to(ACC)"),
-    Mutant("weight before the one is taken off", KERNEL,
-           "(tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)) * dloss",
-           "(tl.exp(x - lse) * dloss).to(tl.float16).to(ACC)"
-           " - tl.where(cols == target, 1.0, 0.0) * dloss"),
+    Mutant("parts of lse are added before they are used", KERNEL,
+           "tl.exp(x - maximum - log_sum)", "tl.exp(x - (maximum + log_sum))"),
+    Mutant("the gradient is rounded before the one is taken off", KERNEL,
+           "(tl.exp(x - maximum - log_sum) -", "(tl.exp(x - maximum - log_sum).to(tl.float16) -"),
     Mutant("a target out of range is a class", KERNEL,
-           "tl.where(valid, dx, float(\"nan\"))", "dx"),
-    Mutant("incoming gradient read by the wrong stride", LAUNCH,
+           'tl.where(valid, dx, float("nan"))', "dx"),
+    Mutant("incoming gradient is read by the wrong stride", LAUNCH,
            "dlosses.contiguous(), input", "dlosses, input"),
-    Mutant("float64 in float32", LAUNCH,
+    Mutant("float64 is computed in float32", LAUNCH,
            "blocks_per_row,\n        BLOCK_V=plan.block_v, ACC=accumulator(input.dtype)",
            "blocks_per_row,\n        BLOCK_V=plan.block_v, ACC=accumulator(torch.float32)"),
 ]  # fmt: skip
 
 
 def check_for_mutants() -> None:
-    """The properties above that a planted bug may break, in a second."""
+    """The properties above that a planted bug may break, in little time."""
+    logits, _ = cross_entropy_inputs(2, 40)
+    losses, gradient = losses_and_gradient(logits, torch.tensor([40, 3]))
+    assert losses.isnan().tolist() == [True, False]
+    assert gradient.isnan().all(-1).tolist() == [True, False]
+    test_takes_any_incoming_gradient(False, "triton", "cpu")
+    test_ignored_rows_have_no_loss_and_no_gradient(0, "triton", "cpu")
     with pytest.MonkeyPatch.context() as monkeypatch:
         force_tiny_blocks(monkeypatch)
+        test_huge_logits_do_not_overflow("triton", "cpu", None)
+        for value in (-math.inf, math.nan):
+            test_values_that_are_not_finite_do_what_they_do_in_torch(
+                value, torch.float32, "triton", "cpu", None
+            )
         for dtype in (torch.float32, torch.float64):
-            logits, targets = cross_entropy_inputs(6, 3 * BLOCK + 1, dtype)
-            targets[0] = 3 * BLOCK
+            logits, targets = cross_entropy_inputs(6, 2 * BLOCK + 1, dtype)
+            targets[0] = 2 * BLOCK
             logits, targets = logits.view(2, 3, -1), targets.view(2, 3)
-            for _, view in layouts(logits):
-                assert_agrees(view, targets, "triton", reduction="none")
-        test_values_that_are_not_finite_do_what_they_do_in_torch(
-            -math.inf, torch.float32, "triton", "cpu", None
-        )
-        test_values_that_are_not_finite_do_what_they_do_in_torch(
-            math.nan, torch.float32, "triton", "cpu", None
-        )
-        test_ignored_rows_have_no_loss_and_no_gradient(0, "triton", "cpu")
-        test_takes_any_incoming_gradient(False, "triton", "cpu")
-        logits, _ = cross_entropy_inputs(2, 40)
-        losses, gradient = losses_and_gradient(logits, torch.tensor([40, 3]))
-        assert losses.isnan().tolist() == [True, False]
-        assert gradient.isnan().all(-1).tolist() == [True, False]
+            for name, view in layouts(logits):
+                if name in ("every second", "transposed 0, 1"):
+                    assert_agrees(view, targets, "triton", reduction="none")
 
 
 @interpreted_only

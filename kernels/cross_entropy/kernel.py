@@ -43,7 +43,6 @@ def forward_kernel(
     lanes = tl.arange(0, BLOCK_V).to(tl.int64)
     running_max = tl.full((BLOCK_V,), float("-inf"), ACC)
     running_sum = tl.zeros((BLOCK_V,), ACC)
-    has_nan = tl.zeros((BLOCK_V,), tl.int32)
     for start in range(0, vocab_size, BLOCK_V):
         cols = start + lanes
         x = tl.load(
@@ -54,11 +53,10 @@ def forward_kernel(
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         running_sum = running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)
         running_max = new_max
-        # hardware max drops NaN
-        has_nan = has_nan | (x != x).to(tl.int32)
-    maximum = tl.where(tl.max(has_nan, 0) > 0, float("nan"), tl.max(running_max, 0))
-    # inf - inf: NaN for a row with +inf, or of -inf alone
+    maximum = tl.max(running_max, 0)
+    # inf - inf: NaN for a row with +inf, or of -inf alone; maxima drop NaN, sums keep it
     log_sum = tl.log(tl.sum(running_sum * tl.exp(running_max - maximum), 0))
+    maximum = tl.where(log_sum != log_sum, float("nan"), maximum)
     tl.store(maximum_ptr + row, maximum)
     tl.store(log_sum_ptr + row, log_sum)
 

@@ -16,6 +16,7 @@ def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
     at_target = logits.gather(-1, safe[..., None])[..., 0] - maximum
     log_sum = (logits - maximum[..., None]).exp_().sum(dim=-1).log_()
     losses = log_sum - at_target
+    maximum.masked_fill_(log_sum.isnan(), torch.nan)
     return losses.masked_fill_(ignored, 0.0).masked_fill_(invalid, torch.nan), maximum, log_sum
 
 

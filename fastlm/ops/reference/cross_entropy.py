@@ -28,6 +28,7 @@ def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
     maximum = logits.amax(dim=-1)
     shifted = logits - maximum[..., None]
     log_sum = shifted.exp().sum(dim=-1).log()
+    maximum = maximum.masked_fill(log_sum.isnan(), torch.nan)
     ignored, invalid, safe = classify(target, input.shape[-1], ignore_index)
     losses = log_sum - shifted.gather(-1, safe[..., None])[..., 0]
     losses = losses.masked_fill(ignored, 0.0).masked_fill(invalid, torch.nan)
