@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 when a result of fastlm was wrong or a case could not run."""
     options = _parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.show:
         return _show(options.show)
     device = options.device
@@ -69,14 +71,24 @@ def _run_op(
         _report.save(path, env, rows + died)
         torch.manual_seed(0)
         case = bench.build(problem.shape, dtype, options.device)
-        for mode in missing:
-            for row in _harness.run_case(
-                bench, case, problem, mode, dtype, options.device, ceilings,
-                wanted=options.only, seconds=0.5 if options.quick else 2.0,
-            ):  # fmt: skip
-                rows.append(row)
-                print(_report.line(row), flush=True)
-        _report.save(path, env, rows)
+        new: list[dict[str, Any]] = []
+        try:
+            for mode in missing:
+                for row in _harness.run_case(
+                    bench, case, problem, mode, dtype, options.device, ceilings,
+                    wanted=options.only, seconds=0.5 if options.quick else 2.0,
+                ):  # fmt: skip
+                    new.append(row)
+                    print(_report.line(row), flush=True)
+                rows += new
+                new = []
+        except RuntimeError:
+            # the GPU answers no more: the case that did it is not tried again
+            rows += new
+            raise
+        finally:
+            # after SIGTERM without the unfinished case, which the next call runs
+            _report.save(path, env, rows)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         del case

@@ -159,6 +159,9 @@ def run_case(
                 _judge(name, outputs, plain or call_plain(case, mode), truth)
         except _failures() as error:
             yield {**common, "provider": name, "failed": _first_line(error)}
+            if device == "cuda":
+                # raises where the failure has left the GPU unusable, and all after it would fail
+                torch.cuda.synchronize()
             continue
         plain = plain or outputs
         calls[name], errors[name] = call, _relative_error(outputs, truth)
