@@ -124,6 +124,11 @@ def test_explicit_shapes_win_over_the_preset() -> None:
     assert (resolved.num_hidden_layers, resolved.num_key_value_heads) == (12, 6)
 
 
+@pytest.mark.parametrize(("context", "short"), [(256, 64), (100, 25), (30, 6), (1, 1), (97, 97)])
+def test_any_context_has_a_short_one(context: int, short: int) -> None:
+    assert TrainConfig(context=context).resolved().short_context == short
+
+
 def test_file_gives_back_the_settings(tmp_path: Path) -> None:
     config = TrainConfig(lr=3e-4, data="a: b.txt", seed=7).resolved()
     write_config(config, tmp_path / "config.yaml")

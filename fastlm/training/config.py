@@ -71,7 +71,7 @@ class TrainConfig:
     """Tokens in a training sequence, and the longest the model will read. None: by size."""
     short_context: int | None = None
     """Tokens in a sequence at first, when a model has yet to learn what lies near: divides
-    context, and as many more sequences make up a batch. None: a quarter of context."""
+    context, and as many more sequences make up a batch. None: a quarter of context, or nearly."""
     short_share: float = 0.8
     """Share of the steps, the first ones, with short sequences."""
     batch_size: int | None = None
@@ -142,7 +142,7 @@ class TrainConfig:
             "num_key_value_heads": values["num_attention_heads"],
             "lr": 0.02 if self.optimizer == "muon" else 0.001,
             "warmup": max(1, self.steps // 40),
-            "short_context": max(1, values["context"] // 4),
+            "short_context": _quarter(values["context"]),
             "eval_every": max(1, self.steps // 5),
             "save_every": max(1, self.steps // 4),
         }
@@ -320,11 +320,18 @@ def _check_together(config: TrainConfig) -> None:
     if heads % kv_heads:
         raise _error("num_key_value_heads", f"divide num_attention_heads {heads}", kv_heads)
     context = config.context or preset["context"]
-    short = config.short_context or max(1, context // 4)
+    short = config.short_context or context
     if context % short:
         raise _error("short_context", f"divide context {context}", short)
     if (config.warmup or 0) > config.steps:
         raise _error("warmup", f"be at most steps {config.steps}", config.warmup)
+
+
+def _quarter(context: int) -> int:
+    """The divisor of ``context`` closest below a quarter of it; all of it if that is far below."""
+    wanted = context // 4
+    divisors = (n for n in range(wanted, wanted // 2, -1) if context % n == 0)
+    return next(divisors, context)
 
 
 def _error(name: str, requirement: str, value: object) -> ConfigError:
