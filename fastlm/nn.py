@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastlm.ops._checks import check_choice
 from fastlm.ops.attention import causal_attention
+from fastlm.ops.cross_entropy import REDUCTIONS, cross_entropy
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import apply_rotary
 
-__all__ = ["CausalSelfAttention", "RMSNorm"]
+__all__ = ["CausalSelfAttention", "CrossEntropyLoss", "LinearCrossEntropyLoss", "RMSNorm"]
+
+if TYPE_CHECKING or not hasattr(nn, "LinearCrossEntropyLoss"):
+    _LinearCrossEntropyLoss = nn.Module
+else:
+    _LinearCrossEntropyLoss = nn.LinearCrossEntropyLoss
 
 
 class RMSNorm(nn.Module):
@@ -107,3 +115,130 @@ class CausalSelfAttention(nn.Module):
             key, value = extend(key, value)
         out = cast(Tensor, causal_attention(query, key, value))
         return self.o_proj(out.flatten(2))
+
+
+def _refuse(module: str, **given: bool) -> None:
+    """Raise for the first of torch's options that is given and that the op does not have."""
+    for name, is_given in given.items():
+        if is_given:
+            raise NotImplementedError(f"{module}: {name} is not supported")
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """:func:`fastlm.cross_entropy` in place of :class:`torch.nn.CrossEntropyLoss`.
+
+    As there, classes are in dimension 1 of an input with more than one: ``(V,)``, ``(N, V)`` or
+    ``(N, V, ...)``, read in place.  Targets are class indices, and the loss is at least float32.
+
+    Args:
+        weight: Must be None.
+        size_average: Must be None.
+        ignore_index: Positions with this target have loss 0 and gradient 0.
+        reduce: Must be None.
+        reduction: ``"mean"`` over positions that are not ignored, ``"sum"`` or ``"none"``.
+        label_smoothing: Must be 0.
+        backend: As in :func:`fastlm.cross_entropy`.
+
+    Raises:
+        NotImplementedError: One of torch's options that this class does not have is set.
+        ValueError: ``reduction`` is not one of those above.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        name = type(self).__name__
+        _refuse(
+            name,
+            weight=weight is not None,
+            size_average=size_average is not None,
+            reduce=reduce is not None,
+            label_smoothing=label_smoothing != 0.0,
+        )
+        check_choice(name, "reduction", reduction, REDUCTIONS)
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        logits = input.movedim(1, -1) if input.dim() > 1 else input
+        return cross_entropy(
+            logits, target,
+            ignore_index=self.ignore_index, reduction=self.reduction, backend=self.backend,
+        )  # fmt: skip
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+    """:func:`fastlm.linear_cross_entropy` with a learned layer.
+
+    Takes the place of torch's class of that name, where torch has one (2.13), and has its
+    parameters, ``linear.weight`` and ``linear.bias``; leading dimensions may be any number.
+
+    Args:
+        in_features: C, the last dimension of the input.
+        num_classes: V.
+        out_features: Must be empty.
+        bias: Whether the layer has a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        reduction: ``"mean"`` over positions that are not ignored, ``"sum"`` or ``"none"``.
+        weight: Must be None.
+        ignore_index: Positions with this target have loss 0 and gradient 0; None is -100.
+        label_smoothing: Must be 0.
+        options: Must be None: the loss is always computed in chunks.
+        backend: As in :func:`fastlm.linear_cross_entropy`.
+
+    Raises:
+        NotImplementedError: One of torch's options that this class does not have is set.
+        ValueError: ``reduction`` is not one of those above.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object = None,
+        backend: str = "auto",
+    ) -> None:
+        name = type(self).__name__
+        _refuse(
+            name,
+            out_features=len(out_features) > 0,
+            weight=weight is not None,
+            label_smoothing=label_smoothing != 0.0,
+            options=options is not None,
+        )
+        check_choice(name, "reduction", reduction, REDUCTIONS)
+        # not torch's own, whose arguments differ between releases
+        nn.Module.__init__(self)
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.num_classes = num_classes
+        self.reduction = reduction
+        self.ignore_index = -100 if ignore_index is None else ignore_index
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            input, self.linear.weight, target,
+            linear_bias=self.linear.bias, reduction=self.reduction,
+            ignore_index=self.ignore_index, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction}, ignore_index={self.ignore_index}"

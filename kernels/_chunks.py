@@ -57,7 +57,9 @@ def matmul(
         alpha: Factor of the product.
     """
     beta = int(accumulate)
-    if a.dtype == b.dtype == out.dtype:
+    if a.dtype == b.dtype == out.dtype and not accumulate and alpha == 1.0:
+        torch.mm(a, b, out=out)
+    elif a.dtype == b.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     elif out.is_cuda and a.dtype == b.dtype:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)

@@ -84,7 +84,8 @@ def linear_cross_entropy(
     target = target.long()
     if shift != 0:
         steps = target.shape[-1] if target.dim() > 0 else 0
-        check_that(_OP, "shift", 0 <= shift <= steps, f"be in [0, {steps}]", shift)
+        if not 0 <= shift <= steps:  # written out only then: a traced length stays symbolic
+            check_that(_OP, "shift", False, f"be in [0, {steps}]", shift)
         target = F.pad(target[..., shift:], (0, shift), value=ignore_index)
 
     divisor, safe_divisor = _divisors(num_items, target, reduction, ignore_index)

@@ -30,9 +30,9 @@ def _load_logits(
 
 
 @triton.jit
-def _finite_or_zero(x):
-    # what is subtracted before exp: inf - inf is NaN, where the sum is 0 or infinite
-    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+def _pivot(x):
+    # exp(-inf - -inf) is NaN; where all is -inf the sum is zero
+    return tl.where(x == float("-inf"), 0.0, x)
 
 
 @triton.jit
@@ -50,10 +50,10 @@ def _row_lse(
         cols = start + tl.arange(0, BLOCK_V)
         x = _load_logits(logits_ptr, bias_ptr, cols, cols < vocab_size, HAS_BIAS, ACC)
         new_max = tl.maximum(running_max, x)
-        pivot = _finite_or_zero(new_max)
+        pivot = _pivot(new_max)
         running_sum = running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)
         running_max = new_max
-    pivot = _finite_or_zero(tl.max(running_max, 0))
+    pivot = _pivot(tl.max(running_max, 0))
     return pivot + tl.log(tl.sum(running_sum * tl.exp(running_max - pivot), 0))
 
 
@@ -129,7 +129,7 @@ def gradient_kernel(
         lse = tl.load(lse_ptr + row)
     else:
         if ONE_BLOCK:
-            pivot = _finite_or_zero(tl.max(x, 0))
+            pivot = _pivot(tl.max(x, 0))
             lse = pivot + tl.log(tl.sum(tl.exp(x - pivot), 0))
         else:
             lse = _row_lse(logits_ptr, bias_ptr, vocab_size, HAS_BIAS, BLOCK_V, ACC)

@@ -146,10 +146,10 @@ def _sweep(
     Writes ``losses`` and ``lse``; without ``losses``, reads ``lse``.
     """
     inputs = input.reshape(-1, input.shape[-1])
-    targets, lse = target.reshape(-1), lse.reshape(-1)
+    targets, lse = target.flatten().contiguous(), lse.flatten().contiguous()
     losses = None if losses is None else losses.view(-1)
-    dlosses = None if dlosses is None else dlosses.reshape(-1)
-    vocab_size = linear_weight.shape[0]
+    dlosses = None if dlosses is None else dlosses.flatten().contiguous()
+    vocab_size, bias = linear_weight.shape[0], _contiguous(linear_bias)
     linear = LinearGradients(inputs, linear_weight, operand, need_input, need_weight)
     dbias = lse.new_zeros(vocab_size if need_bias else 0)
     for rows, logits in _chunks(inputs, linear_weight):
@@ -157,17 +157,21 @@ def _sweep(
         chunk_losses = None if losses is None else losses[rows]
         weights = None if dlosses is None else dlosses[rows]
         if need_bias:
-            assert linear_bias is not None, "a gradient of no bias"
+            assert bias is not None, "a gradient of no bias"
             if chunk_losses is not None:
-                _launch_loss(logits, linear_bias, chunk_losses, chunk_lse, y, ignore_index)
+                _launch_loss(logits, bias, chunk_losses, chunk_lse, y, ignore_index)
                 chunk_losses = None
-            _launch_bias_gradient(logits, linear_bias, y, weights, chunk_lse, dbias, ignore_index)
+            _launch_bias_gradient(logits, bias, y, weights, chunk_lse, dbias, ignore_index)
         dlogits, residuals = _launch_gradient(
-            logits, operand, linear_bias, y, weights, chunk_losses, chunk_lse, ignore_index
+            logits, operand, bias, y, weights, chunk_losses, chunk_lse, ignore_index
         )
         # the residual is zero where the target is ignored, NaN where it is out of range
         linear.add(rows, dlogits, y.clamp(0, vocab_size - 1), residuals)
     return linear.dinput.view(input.shape if need_input else 0), linear.dweight, dbias
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _chunks(inputs: Tensor, linear_weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

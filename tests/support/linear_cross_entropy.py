@@ -1,0 +1,100 @@
+"""Inputs, oracle and forced sizes for the tests of linear_cross_entropy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlm
+from fastlm import testing
+from fastlm.kernels.linear_cross_entropy import tuning
+
+LAUNCH = "fastlm.kernels.linear_cross_entropy.launch"
+EAGER = "fastlm.ops.eager.linear_cross_entropy"
+
+
+def inputs(
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    ignored: float = 0.25,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, weight, bias and targets; half of the targets have the largest logit of their row."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, hidden_size, generator=generator)
+    weight = 2 * torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5
+    bias = torch.randn(vocab_size, generator=generator)
+    targets = torch.randint(vocab_size, (rows,), generator=generator)
+    agreeing = torch.rand(rows, generator=generator) < 0.5
+    targets = torch.where(agreeing, (x @ weight.t() + bias).argmax(-1), targets)
+    targets[torch.rand(rows, generator=generator) < ignored] = -100
+    if rows:
+        targets[0] = 0
+    return (*(t.to(device, dtype) for t in (x, weight, bias)), targets.to(device))
+
+
+def definition(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
+) -> Tensor:
+    """Torch's own, classes in the last dimension."""
+    logits = F.linear(x, weight, bias)
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)
+    return losses.view(targets.shape) if options.get("reduction") == "none" else losses
+
+
+def ours(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any) -> Tensor:
+    return fastlm.linear_cross_entropy(x, weight, targets, linear_bias=bias, **options)
+
+
+def judge(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    backend: str,
+    **options: Any,
+) -> None:
+    """Loss and every gradient by the tolerance rule; torch is the truth and the yardstick."""
+    arguments = (x, weight, bias, targets)
+    actual = testing.run(ours, *arguments, backend=backend, **options)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    plain = testing.run(definition, *arguments, dtype=wide, **options)
+    truth = testing.run(definition, *arguments, dtype=torch.float64, **options)
+    assert actual[0] is not None and actual[0].dtype == wide
+    testing.assert_all_as_accurate(backend, actual, plain=plain, truth=truth)
+
+
+def assert_same_bits(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    for position, (got, want) in enumerate(zip(actual, expected, strict=True)):
+        assert (got is None) == (want is None), position
+        if got is not None and want is not None:
+            same = (got == want) | (got.isnan() & want.isnan())
+            assert same.all(), f"result {position} differs"
+
+
+@contextlib.contextmanager
+def forced(*, rows: int | None = None, block_v: int | None = None) -> Iterator[None]:
+    """Chunks of ``rows`` rows, and kernels with blocks of ``block_v``."""
+    with contextlib.ExitStack() as stack:
+        if rows is not None:
+            for module in (LAUNCH, EAGER):
+                patch = mock.patch(f"{module}.rows_per_chunk", lambda *shapes: rows)
+                stack.enter_context(patch)
+        if block_v is not None:
+            plan = tuning.Plan(block_v=block_v, num_warps=1)
+            tables = dict.fromkeys(tuning.TABLES, ((1 << 62, plan),))
+            stack.enter_context(mock.patch.dict(tuning.TABLES, tables))
+            bias = tuning.BiasPlan(block_r=4, block_v=block_v, num_warps=1)
+            stack.enter_context(mock.patch.object(tuning, "BIAS", bias))
+        yield

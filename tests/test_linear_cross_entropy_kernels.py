@@ -1,0 +1,246 @@
+"""The kernels of linear_cross_entropy: memory, order, other bits, and bugs planted in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.host_sync import no_host_sync
+from support.interpreter import interpreted_only, permuted_grid
+from support.linear_cross_entropy import (
+    assert_same_bits,
+    forced,
+    inputs,
+    judge,
+    ours,
+)
+from support.memory import guarded, in_child, sparse
+from support.mutants import Mutant, killed
+from support.poison import poisoned
+
+from fastlm import testing
+from fastlm.kernels._chunks import Operand
+from fastlm.kernels._launch import recorded
+from fastlm.kernels.linear_cross_entropy import kernel, launch
+
+NARROW = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *NARROW]
+
+
+def everything(dtype=torch.float32, device="cpu", **options):
+    return testing.run(ours, *inputs(9, 5, 140, dtype, device), backend="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [15, 16, 17, 143, 144, 145])
+def test_edges_of_blocks(vocab_size, dtype, device):
+    arguments = inputs(5, 4, vocab_size, dtype, device)
+    with forced(block_v=16):
+        judge(*arguments, backend="triton", reduction="none")
+        judge(*arguments, backend="triton", reduction="sum")
+
+
+@interpreted_only
+@pytest.mark.parametrize("end", ["back", "front"])
+@pytest.mark.parametrize("block_v", [16, 64])
+def test_touches_nothing_outside_its_tensors(end, block_v):
+    x, weight, bias, targets = inputs(6, 4, 37)
+    targets[1], targets[2] = 37, -1
+    wide = torch.empty(6)
+
+    def run():
+        with forced(block_v=block_v):
+            for dtype in DTYPES:
+                logits = guarded(x @ weight.t(), end)
+                per_row = [guarded(wide, end) for _ in range(3)]
+                b, y = guarded(bias.to(dtype), end), guarded(targets, end)
+                launch._launch_loss(logits, b, per_row[0], per_row[1], y, -100)
+                dbias = guarded(torch.zeros(37), end)
+                launch._launch_bias_gradient(logits, b, y, per_row[2], per_row[1], dbias, -100)
+                for losses in (per_row[0], None):
+                    logits = guarded(x @ weight.t(), end)
+                    launch._launch_gradient(
+                        logits, Operand(dtype), b, y, per_row[2], losses, per_row[1], -100
+                    )
+
+    in_child(run)
+
+
+@interpreted_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_may_be_far_apart(dtype):
+    logits, targets = torch.randn(3, 20), torch.tensor([1, -100, 7])
+    stride = 2**30 + 64
+    far = sparse((3, 20), (stride, 1), dtype)
+    near = torch.empty(3, 20, dtype=dtype)
+    for out in (far, near):
+        per_row = [torch.empty(3) for _ in range(3)]
+        launch.launch(
+            kernel.gradient_kernel, (3,),
+            logits, out, logits, targets, per_row[0], *per_row, out.stride(0), 20, -100,
+            SCALE=1.0, HAS_BIAS=False, HAS_WEIGHTS=False, LSE_IS_KNOWN=False, ONE_BLOCK=False,
+            BLOCK_V=16, ACC=launch.accumulator(torch.float32), num_warps=1, num_stages=1,
+        )  # fmt: skip
+    assert torch.equal(far, near)
+    assert near[0].count_nonzero() == 20
+
+
+@interpreted_only
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_order_of_programs_does_not_matter(reduction):
+    with forced(rows=4, block_v=64):
+        expected = everything(torch.bfloat16, reduction=reduction)
+        for seed in range(3):
+            with permuted_grid(seed):
+                assert_same_bits(everything(torch.bfloat16, reduction=reduction), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_what_was_in_memory_does_not_matter(backend, reduction, device):
+    arguments = inputs(9, 5, 140, torch.bfloat16, device)
+    expected = testing.run(ours, *arguments, backend=backend, reduction=reduction)
+    with poisoned(0x7F):
+        got = testing.run(ours, *arguments, backend=backend, reduction=reduction)
+    assert_same_bits(got, expected)
+
+
+def test_a_row_does_not_depend_on_the_others(device):
+    x, weight, bias, targets = inputs(9, 5, 40, device=device)
+    logits = x @ weight.t()
+    order = torch.randperm(9, device=device)
+
+    def run(logits, targets):
+        losses, lse = torch.empty(2, 9, device=device)
+        logits = logits.clone()
+        with forced(block_v=16):
+            dlogits, _ = launch._launch_gradient(
+                logits, Operand(torch.float32), bias, targets, None, losses, lse, -100
+            )
+        return losses, lse, dlogits
+
+    straight, permuted = run(logits, targets), run(logits[order], targets[order])
+    assert_same_bits(list(permuted), [t[order] for t in straight])
+    assert_same_bits(list(run(logits, targets)), list(straight))
+
+
+def test_does_not_wait_for_the_device(device):
+    *tensors, targets = inputs(9, 5, 140, torch.bfloat16, device)
+    leaves = [t.requires_grad_() for t in tensors]
+    num_items = torch.tensor(5, device=device)
+    with recorded(run=device == "cuda"), no_host_sync():
+        for options in ({"shift": 1}, {"num_items": num_items}, {"reduction": "none"}):
+            loss = ours(*leaves, targets, backend="triton", **options)
+            torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+
+
+def test_does_each_piece_of_work_once(device):
+    *tensors, targets = inputs(9, 5, 40, device=device)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def launches(step):
+        with recorded() as log:
+            step()
+        return [call.name for call in log]
+
+    with forced(rows=9, block_v=16):
+        loss = ours(*leaves[:2], None, targets, backend="triton")
+        names = launches(lambda: ours(*leaves[:2], None, targets, backend="triton"))
+        assert names == ["gradient_kernel"]
+        assert launches(loss.backward) == []
+        with torch.no_grad():
+            names = launches(lambda: ours(*leaves, targets, backend="triton"))
+        assert names == ["loss_kernel"]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    rows=st.integers(0, 8),
+    hidden_size=st.integers(1, 20),
+    vocab_size=st.integers(1, 60),
+    chunk=st.integers(1, 9),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    has_bias=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    seed=st.integers(0, 99),
+)
+def test_any_sizes_agree_with_torch(
+    device, rows, hidden_size, vocab_size, chunk, ignored, dtype, has_bias, reduction, seed
+):
+    x, weight, bias, targets = inputs(
+        rows, hidden_size, vocab_size, dtype, device, ignored=ignored, seed=seed
+    )
+    with forced(rows=chunk, block_v=16):
+        judge(x, weight, bias if has_bias else None, targets, backend="triton", reduction=reduction)
+
+
+KERNEL = "kernels/linear_cross_entropy/kernel.py"
+CHUNKS = "kernels/_chunks.py"
+MUTANTS = [
+    Mutant("no rescale of the running sum", KERNEL,
+           "running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)",
+           "running_sum + tl.exp(x - pivot)"),
+    Mutant("padding counts as a logit of zero", KERNEL,
+           'x = tl.load(logits_ptr + cols, mask=mask, other=float("-inf")).to(ACC)',
+           "x = tl.load(logits_ptr + cols, mask=mask, other=0.0).to(ACC)"),
+    Mutant("ignored rows keep their gradient", KERNEL,
+           "dx = tl.where(ignored, 0.0, tl.exp(x - lse) * weight)",
+           "dx = tl.exp(x - lse) * weight"),
+    Mutant("the target keeps its probability", KERNEL,
+           "dx = tl.where(cols == target, dx_target, dx)",
+           "dx = tl.where(cols == target, dx, dx)"),
+    Mutant("weights of rows are not used", KERNEL,
+           "        weight *= tl.load(weights_ptr + row)\n",
+           "        weight *= tl.load(weights_ptr)\n"),
+    Mutant("the residual is forgotten", KERNEL,
+           "tl.store(residuals_ptr + row, dx_target - stored)",
+           "tl.store(residuals_ptr + row, dx_target - dx_target)"),
+    Mutant("the bias is not in the logit of the target", KERNEL,
+           "x += tl.load(bias_ptr + target, mask=valid, other=0.0).to(ACC)",
+           "x += 0.0"),
+    Mutant("a target out of range is read", KERNEL,
+           "valid = (target >= 0) & (target < vocab_size) & (ignored == 0)",
+           "valid = ignored == 0"),
+    Mutant("rows after the first chunk are lost from the bias", KERNEL,
+           "tl.store(dbias_ptr + cols, before + tl.sum(total, 0), mask=in_row)",
+           "tl.store(dbias_ptr + cols, tl.sum(total, 0), mask=in_row)"),
+    Mutant("each chunk overwrites the weight gradient", CHUNKS,
+           "accumulate=rows.start > 0", "accumulate=False"),
+    Mutant("the first chunk adds to what was in memory", CHUNKS,
+           "accumulate=rows.start > 0", "accumulate=True"),
+    Mutant("a float16 operand keeps its scale", CHUNKS,
+           "1.0 / self._operand.scale", "1.0"),
+    Mutant("ignored rows count in the mean", "fastlm/ops/linear_cross_entropy.py",
+           "count = (target != ignore_index).sum()", "count = (target == target).sum()"),
+    Mutant("a kept graph is scaled in place", "fastlm/ops/linear_cross_entropy.py",
+           "gradient * scale if kept else", "gradient.mul_(scale) if kept else"),
+]  # fmt: skip
+
+
+def _check() -> None:
+    for dtype in (torch.float32, torch.float16):
+        arguments = inputs(7, 4, 140, dtype)
+        with forced(rows=3, block_v=64):
+            for reduction in ("mean", "none"):
+                judge(*arguments, backend="triton", reduction=reduction)
+    x, weight, bias, targets = inputs(64, 8, 140, torch.bfloat16, ignored=0)
+    judge(x, weight / 8, bias / 8, targets, backend="triton", reduction="sum")
+    x, weight, bias, targets = (guarded(t) for t in inputs(7, 4, 37))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    loss = ours(*leaves, targets, backend="triton")
+    first = torch.autograd.grad(loss, leaves, 3 * torch.ones_like(loss), retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, 3 * torch.ones_like(loss), retain_graph=True)
+    assert_same_bits(list(first), list(again))
+    logits = guarded(torch.randn(2, 37))
+    losses, lse = torch.empty(2, 2)
+    far = torch.tensor([2**40, 1])
+    launch._launch_loss(logits, None, losses, lse, far, -100)
+    assert losses[0].isnan()
+
+
+@interpreted_only
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_planted_bug_is_noticed(mutant):
+    assert killed(mutant, _check)
