@@ -1,0 +1,189 @@
+"""checked(): a wrong kernel is caught wherever it runs, and a right one is left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm.kernels import cross_entropy as kernels
+from fastlm.ops import _checked
+from fastlm.testing import cross_entropy_inputs
+
+BACKENDS = ["triton", "torch", "reference"]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return fastlm.cross_entropy(logits, targets, backend="triton")
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, step: str, harm: Callable[[Tensor], None]) -> None:
+    """Have the triton backend harm its first output."""
+    right = getattr(kernels, step)
+
+    def wrong(*args: Any) -> Any:
+        results = right(*args)
+        harm(results[0] if isinstance(results, tuple) else results)
+        return results
+
+    monkeypatch.setattr(kernels, step, wrong)
+
+
+def one_element(x: Tensor) -> None:
+    x.view(-1)[x.numel() // 2] += 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_lets_right_results_pass_unchanged(dtype, backend, device, monkeypatch):
+    monkeypatch.setattr("fastlm.ops.reference.cross_entropy._ROWS_AT_ONCE", 7)
+    logits, targets = cross_entropy_inputs(20, 70, dtype, device)
+    results = []
+    for context in (fastlm.checked, torch.enable_grad):
+        leaf = logits.clone().requires_grad_()
+        with context():
+            loss = fastlm.cross_entropy(leaf, targets, backend=backend)
+            loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_names_what_is_wrong_in_a_forward(device, monkeypatch):
+    plant(monkeypatch, "forward", one_element)
+    logits, targets = cross_entropy_inputs(6, 40, torch.bfloat16, device)
+    loss_of(logits, targets)
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch) as raised:
+        loss_of(logits, targets)
+    for part in ("cross_entropy forward on triton", "output 0", "(6,)", "torch.float32", "[3]",
+                 "bfloat16[6, 40]", "int64[6]"):  # fmt: skip
+        assert part in str(raised.value)
+    loss_of(logits, targets)
+
+
+def test_names_what_is_wrong_in_a_backward(device, monkeypatch):
+    plant(monkeypatch, "backward", one_element)
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    leaf = logits.requires_grad_()
+    with fastlm.checked():
+        loss = loss_of(leaf, targets)
+        with pytest.raises(fastlm.KernelMismatch, match=r"backward on triton.*\[3, 0\]"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_sees_into_compiled_code(step, device, monkeypatch, fresh_compiler):
+    plant(monkeypatch, step, one_element)
+    logits, targets = cross_entropy_inputs(6, 40, device=device)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    compiled(logits.clone().requires_grad_(), targets).backward()
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch, match=f"{step} on triton"):
+        compiled(logits.clone().requires_grad_(), targets).backward()
+
+
+@pytest.mark.parametrize("harm", [
+    lambda x: x.zero_(),
+    lambda x: x.mul_(1.001),
+    lambda x: x[1].fill_(float("nan")),
+    lambda x: x[0].fill_(float("inf")),
+    lambda x: x.copy_(x.flip(0)),
+], ids=["zeros", "scaled", "NaN", "infinity", "rows swapped"])  # fmt: skip
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_catches(step, harm, device, monkeypatch):
+    plant(monkeypatch, step, harm)
+    logits, targets = cross_entropy_inputs(6, 40, torch.float16, device, ignored=0)
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch):
+        loss_of(logits.requires_grad_(), targets).backward()
+
+
+def test_names_a_target_out_of_range_that_a_kernel_turns_to_nan(device):
+    logits, _ = cross_entropy_inputs(2, 40, device=device)
+    targets = torch.tensor([3, 40], device=device)
+    assert loss_of(logits, targets).isnan()
+    with fastlm.checked(), pytest.raises(IndexError, match=r"got 40 at position \[1\]"):
+        loss_of(logits, targets)
+
+
+def test_judges_rows_that_are_not_finite(device):
+    logits, targets = cross_entropy_inputs(24, 40, device=device, ignored=0)
+    logits[0, 3] = float("nan")
+    logits[1] = float("-inf")
+    logits[2, 5] = float("inf")
+    with fastlm.checked():
+        loss_of(logits.requires_grad_(), targets).backward()
+
+
+def test_compares_with_the_inputs_as_they_were(device, monkeypatch):
+    """A kernel that changes its input cannot make the reference agree with it."""
+    right = kernels.forward
+
+    def wrong(logits: Tensor, *args: Any) -> Any:
+        logits.mul_(0.5)
+        return right(logits, *args)
+
+    monkeypatch.setattr(kernels, "forward", wrong)
+    logits, targets = cross_entropy_inputs(4, 40, device=device)
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch):
+        loss_of(logits, targets)
+
+
+def test_nests_and_ends_with_its_block():
+    assert not _checked.is_on()
+    with fastlm.checked():
+        with fastlm.checked():
+            assert _checked.is_on()
+        assert _checked.is_on()
+    assert not _checked.is_on()
+    with pytest.raises(ValueError, match="left early"), fastlm.checked():
+        raise ValueError("left early")
+    assert not _checked.is_on()
+
+
+def test_refuses_by_name_under_graph_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    logits = torch.zeros(2, 3).as_subclass(OnGpu)
+    with pytest.raises(RuntimeError, match=r"cross_entropy forward: checked\(\) cannot compare"):
+        _checked.run("cross_entropy", "forward", "triton", lambda *x: x, lambda *x: x, [logits])
+
+
+def test_the_environment_turns_it_on():
+    program = textwrap.dedent("""
+        import torch, fastlm
+        from fastlm.ops.eager import cross_entropy as eager
+        right = eager.forward
+        eager.forward = lambda *args: (right(*args)[0] + 0.01, *right(*args)[1:])
+        try:
+            fastlm.cross_entropy(torch.randn(3, 5), torch.tensor([0, 1, 2]))
+        except fastlm.KernelMismatch as error:
+            print("caught", str(error).splitlines()[0][:30])
+        else:
+            print("not caught")
+    """)
+    for value, want in (("1", "caught cross_entropy forward on torch"[:37]), ("0", "not caught")):
+        environment = {**os.environ, "FASTLM_CHECK": value}
+        run = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert run.stdout.strip() == want, run.stdout
