@@ -41,28 +41,89 @@ def inside() -> None:
         out.sum().backward()
 
 
+# what several of the texts below have in common
+STEP = "* stride + cols[None, :]\n    if CHECK_ROWS and"
+ROWS, COLS = "mask=(rows < num_rows)[:, None]", " & (cols < DIM)[None, :]"
+WALK = "\n        num_queries, num_keys, scale * LOG2_E,"
+KEY, VALUE = "*key.stride()[:3],", "*value.stride()[:3],"
+FIRST = "tl.maximum(first_key - offset, 0)"
+
 # (bug, file, old, new, check)
 PLANTED = [
-    ("the diagonal is left out", TILES, "keys <= queries + offset", "keys < queries + offset", accurate),
+    (
+        "the diagonal is left out",
+        TILES,
+        "keys <= queries + offset",
+        "keys < queries + offset",
+        accurate,
+    ),
     ("ends are not aligned", TILES, "keys <= queries + offset", "keys <= queries", accurate),
     ("acc is not rescaled", FORWARD, "acc = acc * rescale[:, None]", "acc = acc", accurate),
     ("the sum is not rescaled", FORWARD, "row_sum * rescale +", "row_sum +", accurate),
     ("the old maximum is kept", FORWARD, "row_max = new_max", "row_max = row_max", accurate),
-    ("heads map to groups by remainder", FORWARD, "heads // group_size\n", "heads % group_size\n", accurate),
+    (
+        "heads map to groups by remainder",
+        FORWARD,
+        "heads // group_size\n",
+        "heads % group_size\n",
+        accurate,
+    ),
     ("the sign of the scale is lost", FORWARD, "scale < 0, -1.0", "scale < 0, 1.0", accurate),
-    ("a row without keys divides by 0", FORWARD, "row_sum == 0, 1.0, row_sum", "row_sum == 0, 0.0, row_sum", accurate),
+    (
+        "a row without keys divides by 0",
+        FORWARD,
+        "row_sum == 0, 1.0, row_sum",
+        "row_sum == 0, 0.0, row_sum",
+        accurate,
+    ),
     ("lse stays in base 2", FORWARD, "tl.log2(row_sum)) * LN_2", "tl.log2(row_sum))", accurate),
-    ("rows are 32 bits wide", TILES, "rows.to(tl.int64)[:, None] * stride + cols[None, :]\n    if CHECK_ROWS and", "rows[:, None] * stride + cols[None, :]\n    if CHECK_ROWS and", wide),
-    ("columns past head_dim are read", TILES, "mask=(rows < num_rows)[:, None] & (cols < DIM)[None, :], other", "mask=(rows < num_rows)[:, None], other", inside),
-    ("one row too many is read", TILES, "mask=(rows < num_rows)[:, None] & (cols < DIM)[None, :], other", "mask=(rows <= num_rows)[:, None] & (cols < DIM)[None, :], other", inside),
+    (
+        "rows are 32 bits wide",
+        TILES,
+        f"rows.to(tl.int64)[:, None] {STEP}",
+        f"rows[:, None] {STEP}",
+        wide,
+    ),
+    ("columns past head_dim are read", TILES, f"{ROWS}{COLS}, other", f"{ROWS}, other", inside),
+    (
+        "one row too many is read",
+        TILES,
+        f"{ROWS}{COLS}, other",
+        f"{ROWS}{COLS}, other".replace("<", "<=", 1),
+        inside,
+    ),
     ("delta forgets dlse", BACKWARD, "delta -= tl.load", "delta -= 0 * tl.load", accurate),
     ("delta is not subtracted", BACKWARD, "(dp - delta[None, :])", "dp", accurate),
     ("dkey is not scaled", BACKWARD, "dk * scale", "dk", accurate),
-    ("one head of the group is counted", BACKWARD, "range(num_blocks * group_size)", "range(num_blocks)", accurate),
-    ("blocks before the diagonal are skipped", BACKWARD, "unmasked_end, end,\n        num_queries, num_keys, scale * LOG2_E,", "unmasked_end, unmasked_end,\n        num_queries, num_keys, scale * LOG2_E,", accurate),
-    ("a query too late begins the walk", TILES, "tl.maximum(first_key - offset, 0) // BLOCK_M * BLOCK_M", "tl.cdiv(tl.maximum(first_key - offset, 0), BLOCK_M) * BLOCK_M", accurate),
-    ("strides of key and value are swapped", LAUNCH, "*query.stride()[:3], *key.stride()[:3], *value.stride()[:3],\n        batch", "*query.stride()[:3], *value.stride()[:3], *key.stride()[:3],\n        batch", accurate),
-]  # fmt: skip
+    (
+        "one head of the group is counted",
+        BACKWARD,
+        "range(num_blocks * group_size)",
+        "range(num_blocks)",
+        accurate,
+    ),
+    (
+        "blocks before the diagonal are skipped",
+        BACKWARD,
+        f"unmasked_end, end,{WALK}",
+        f"unmasked_end, unmasked_end,{WALK}",
+        accurate,
+    ),
+    (
+        "a query too late begins the walk",
+        TILES,
+        f"{FIRST} // BLOCK_M * BLOCK_M",
+        f"tl.cdiv({FIRST}, BLOCK_M) * BLOCK_M",
+        accurate,
+    ),
+    (
+        "strides of key and value are swapped",
+        LAUNCH,
+        f"{KEY} {VALUE}\n        batch",
+        f"{VALUE} {KEY}\n        batch",
+        accurate,
+    ),
+]
 # a normal run plants these; the rest are for the long one
 QUICK = {
     "the diagonal is left out",

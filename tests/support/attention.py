@@ -50,8 +50,11 @@ def run(
     out, lse = fastlm.causal_attention(*leaves, scale=scale, return_lse=True, backend=backend)
     if dout is None:
         dout, dlse = upstream(query, value)
-    grads = (dout, torch.zeros_like(lse) if dlse is None else dlse)
-    return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, grads)
+    if dlse is None:
+        grads = torch.autograd.grad(out, leaves, dout)
+    else:
+        grads = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    return out.detach(), lse.detach(), *grads
 
 
 Case = tuple[Tensor, Tensor, Tensor]
