@@ -406,7 +406,7 @@ class _Health:
 def initialize(model: CausalLM) -> None:
     """Weights to start training from: each block at first adds nothing to the residual stream.
 
-    The other matrices of the blocks get the spread that keeps a unit input near unit scale.
+    The other matrices of the blocks take random inputs to outputs of 0.6 times their scale.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
