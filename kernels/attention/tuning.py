@@ -39,8 +39,8 @@ PORTABLE: Rows = {
 # without tensor cores; float64 is for tests
 FLOAT32: Rows = {
     "forward": ((64, Plan(32, 32, 4, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
-    "dkdv": ((64, Plan(32, 32, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
-    "dq": ((64, Plan(32, 32, 4, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
+    "dkdv": ((64, Plan(32, 32, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
+    "dq": ((64, Plan(32, 32, 4, 1)), (128, Plan(16, 16, 8, 1)), (256, Plan(16, 16, 4, 1))),
 }
 FLOAT64: Rows = {
     "forward": ((256, Plan(16, 16, 8, 1)),),
