@@ -96,8 +96,8 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
 def most_stack(binary: dict[str, Any]) -> int:
     """Bytes of registers this binary may spill.
 
-    Rows of a head_dim that is no multiple of 8 start where no 16-byte load can: attention then loads
-    element by element and spills, up to 1,424 bytes on sm_90 with a head_dim of 253.
+    Rows of a head_dim that is no multiple of 8 start where no 16-byte load can: attention loads
+    them element by element and spills, up to 1,424 bytes on sm_90 with a head_dim of 253.
     """
     odd = int(binary["constants"].get("HEAD_DIM", 0)) % 8 != 0
     return 1_536 if binary["op"] == "attention" and odd else 0
