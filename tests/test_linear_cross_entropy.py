@@ -43,9 +43,9 @@ def test_agrees_with_torch(shape, dtype, has_bias, reduction, backend, device):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
-@pytest.mark.parametrize("rows", [1, 7, 16, 21])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13])
 def test_chunks_of_any_size_agree_with_torch(rows, dtype, backend, device):
-    arguments = inputs(16, 12, 140, dtype, device)
+    arguments = inputs(8, 12, 140, dtype, device)
     with forced(rows=rows, block_v=64):
         for reduction in ("mean", "none"):
             judge(*arguments, backend=backend, reduction=reduction)
@@ -53,11 +53,11 @@ def test_chunks_of_any_size_agree_with_torch(rows, dtype, backend, device):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_leading_dimensions_are_positions(backend, device):
-    x, weight, bias, targets = inputs(24, 8, 30, device=device)
+    x, weight, bias, targets = inputs(12, 8, 30, device=device)
     flat = testing.run(ours, x, weight, bias, targets, backend=backend, reduction="none")
-    x, targets = x.view(2, 3, 4, 8), targets.view(2, 3, 4)
+    x, targets = x.view(2, 3, 2, 8), targets.view(2, 3, 2)
     shaped = testing.run(ours, x, weight, bias, targets, backend=backend, reduction="none")
-    assert shaped[0].shape == (2, 3, 4)
+    assert shaped[0].shape == (2, 3, 2)
     assert shaped[1].shape == x.shape
     judge(x, weight, bias, targets, backend=backend, reduction="mean")
     assert torch.equal(shaped[0].flatten(), flat[0])
@@ -74,7 +74,7 @@ def test_one_position_without_leading_dimensions(backend, device):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_gradient_does_not_lose_by_more_chunks(dtype, backend, device):
-    x, weight, _, targets = inputs(64, 8, 140, dtype, device, ignored=0)
+    x, weight, _, targets = inputs(64, 8, 130, dtype, device, ignored=0)
     truth = testing.run(definition, x, weight, None, targets, dtype=torch.float64)[2]
 
     def error(rows):
@@ -128,7 +128,7 @@ def test_float16_gradients_keep_their_precision_at_any_scale_of_the_loss(scale, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_are_those_of_the_function(reduction, backend, device):
-    x, weight, bias, targets = inputs(5, 3, 6, torch.float64, device)
+    x, weight, bias, targets = inputs(3, 2, 5, torch.float64, device)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     with forced(rows=2, block_v=4):
         assert torch.autograd.gradcheck(
@@ -350,17 +350,17 @@ def test_any_layout_agrees_with_torch(backend, device):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_incoming_gradients_may_have_any_strides(backend, device):
-    x, weight, bias, targets = inputs(12, 6, 40, device=device)
+    x, weight, bias, targets = inputs(6, 6, 40, device=device)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
 
     def gradients(upstream):
         losses = ours(*leaves, targets, reduction="none", backend=backend)
         return list(torch.autograd.grad(losses, leaves, upstream))
 
-    upstream = torch.randn(12, device=device)
+    upstream = torch.randn(6, device=device)
     for _, view in layouts(upstream):
         assert_same_bits(gradients(view), gradients(upstream))
-    expanded = torch.ones((), device=device).expand(12)
+    expanded = torch.ones((), device=device).expand(6)
     assert_same_bits(gradients(expanded), gradients(expanded.contiguous()))
 
 
@@ -462,9 +462,9 @@ def test_compiled_is_equal_to_eager(reduction, backend, device):
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (12, 30, 6):
+    for rows in (12, 6):
         x, weight, bias, targets = inputs(rows, 6, 20, device=device)
-        arguments = (x.view(3, -1, 6), weight, bias, targets.view(3, -1))
+        arguments = (x.view(2, -1, 6), weight, bias, targets.view(2, -1))
         assert_same_bits(testing.run(compiled, *arguments), testing.run(step, *arguments))
 
 

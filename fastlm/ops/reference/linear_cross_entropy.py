@@ -74,7 +74,7 @@ def backward(
     logits = _logits(input, linear_weight, linear_bias)
     dlogits = cross_entropy.backward(
         dlosses, logits, target, lse, torch.zeros_like(lse), ignore_index
-    ).flatten(0, -2)
+    ).reshape(-1, linear_weight.shape[0])
     rows = input.reshape(-1, input.shape[-1]).to(dlogits.dtype)
     nothing = dlogits.new_empty(0)
     return (
