@@ -93,14 +93,21 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
 }
 
 
-def most_stack(binary: dict[str, Any]) -> int:
-    """Bytes of registers this binary may spill.
+# Bytes per thread that registers spilled on sm_90 when the rows were chosen, by float32 or with all
+# options on and sizes that nothing divides.
+MOST_STACK = {"attention": 1_424, "cross_entropy": 0, "linear_cross_entropy": 56}
 
-    Rows of a head_dim that is no multiple of 8 start where no 16-byte load can: attention loads
-    them element by element and spills, up to 1,424 bytes on sm_90 with a head_dim of 253.
-    """
-    odd = int(binary["constants"].get("HEAD_DIM", 0)) % 8 != 0
-    return 1_536 if binary["op"] == "attention" and odd else 0
+
+def most_stack(binary: dict[str, Any]) -> int:
+    """Bytes this binary may spill: none where a narrow dtype goes its usual way."""
+    constants = binary["constants"]
+    has_options = constants.get("HAS_BIAS") == "True" or any(
+        constants.get(size) != constants.get(block)
+        for size, block in (("HEAD_DIM", "BLOCK_D"), ("VALUE_DIM", "BLOCK_V"))
+        if size in constants
+    )
+    is_usual = binary["dtype"] != "float32" and not has_options
+    return 0 if is_usual else MOST_STACK[binary["op"]]
 
 
 def rows(op: str) -> dict[str, Any]:
