@@ -7,7 +7,8 @@ few seconds, so that whatever else the machine does slows both.  The baseline is
 model of the shape and recipe that nanoGPT's README gives for a MacBook (4 layers, 4 heads, width
 128, 64 tokens, batch 12, 2000 steps, no dropout); its last validation loss is the goal.  fastlm is
 ``fastlm train --tokenizer char`` with nothing else set, its own evaluations and checkpoints
-included.  Not counted for either: reading the text, the first step, the last validation.
+included.  Not counted for either: reading the text, the first step, the last validation.  The goal
+must be reached in sequences of fastlm's own length and in ones of 64 tokens, like the baseline's.
 
 The text, unless ``--data`` names another, is what Python itself brings on every machine: the
 language reference that ``help()`` shows, and docstrings of the standard library, shuffled.
@@ -286,7 +287,8 @@ def main(argv: list[str] | None = None) -> int:
         common | {"provider": "fastlm", "seconds": turns.seconds["fastlm"], **ours},
     ]
     ratio = rows[1]["seconds"] / rows[0]["seconds"]
-    reached = rows[1]["val_loss"] <= rows[0]["val_loss"]
+    # with fastlm's own context, and with no more than the baseline's
+    reached = max(rows[1]["val_loss"], rows[1]["val_loss_in_windows_of_64"]) <= rows[0]["val_loss"]
     rows[1] |= {"reached": reached, "ratio": ratio if reached else None}
     _report.save(folder / "time_to_loss.json", env, rows)
     for row in rows:
@@ -294,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['provider']:<16}{row['seconds']:7.1f} s  {row['steps']} steps  "
             f"{row['tokens']:,} tokens  {row['parameters']:,} parameters  val {row['val_loss']:.4f}"
         )
+    print(f"fastlm in windows of 64 tokens too: val {ours['val_loss_in_windows_of_64']:.4f}")
     verdict = f"in {ratio:.3f} of its time" if reached else "not reached"
     print(f"the baseline's loss {verdict}; written to {folder / 'time_to_loss.json'}")
     return 0 if reached else 1

@@ -78,7 +78,7 @@ class TrainConfig:
     """Sequences of full length in a micro-batch. None: by size."""
     grad_accumulation: int = 1
     """Micro-batches for each optimizer step."""
-    steps: int = 440
+    steps: int = 520
     """Optimizer steps."""
 
     optimizer: OptimizerName = "muon"
