@@ -32,7 +32,7 @@ SHAPES = [(1, 1, 1), (5, 3, 33), (16, 17, 3), (3, 24, 2_100)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -74,7 +74,7 @@ def test_one_position_without_leading_dimensions(backend, device):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_gradient_does_not_lose_by_more_chunks(dtype, backend, device):
-    x, weight, _, targets = inputs(64, 8, 130, dtype, device, ignored=0)
+    x, weight, _, targets = inputs(24, 8, 130, dtype, device, ignored=0)
     truth = testing.run(definition, x, weight, None, targets, dtype=torch.float64)[2]
 
     def error(rows):
@@ -82,7 +82,7 @@ def test_weight_gradient_does_not_lose_by_more_chunks(dtype, backend, device):
             got = testing.run(ours, x, weight, None, targets, backend=backend)[2]
         return (got.double() - truth).square().mean().sqrt()
 
-    assert error(1) <= 1.5 * error(64)
+    assert error(1) <= 1.5 * error(24)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
@@ -128,9 +128,9 @@ def test_float16_gradients_keep_their_precision_at_any_scale_of_the_loss(scale, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_are_those_of_the_function(reduction, backend, device):
-    x, weight, bias, targets = inputs(3, 2, 5, torch.float64, device)
+    x, weight, bias, targets = inputs(3, 2, 4, torch.float64, device)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    with forced(rows=2, block_v=4):
+    with forced(rows=2, block_v=2):
         assert torch.autograd.gradcheck(
             lambda a, b, c: ours(a, b, c, targets, reduction=reduction, backend=backend), leaves
         )
@@ -139,13 +139,17 @@ def test_gradients_are_those_of_the_function(reduction, backend, device):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_computes_only_the_gradients_asked_for(reduction, backend, device):
-    *tensors, targets = inputs(12, 6, 20, device=device)
+    *tensors, targets = inputs(5, 6, 20, device=device)
     everything = testing.run(ours, *tensors, targets, reduction=reduction, backend=backend)
+    plain, truth = (
+        testing.run(definition, *tensors, targets, dtype=dtype, reduction=reduction)[0]
+        for dtype in (torch.float32, torch.float64)
+    )
     for needs in itertools.product([False, True], repeat=3):
         leaves = [t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
         loss = ours(*leaves, targets, reduction=reduction, backend=backend)
         assert loss.requires_grad == any(needs)
-        testing.assert_as_accurate("loss", loss, plain=everything[0], truth=everything[0].double())
+        testing.assert_as_accurate("loss", loss, plain=plain, truth=truth)
         if not any(needs):
             continue
         generator = torch.Generator().manual_seed(0)
@@ -168,7 +172,7 @@ def test_needs_no_gradient_under_no_grad(backend, device):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_kept_graph_can_be_used_again(reduction, backend, device):
-    *tensors, targets = inputs(12, 6, 20, torch.bfloat16, device)
+    *tensors, targets = inputs(5, 6, 20, torch.bfloat16, device)
     leaves = [t.requires_grad_() for t in tensors]
     loss = ours(*leaves, targets, reduction=reduction, backend=backend)
     one = torch.ones_like(loss)
@@ -249,13 +253,13 @@ def test_smallest_sizes(rows, vocab_size, backend, device):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_micro_batches_add_up_to_the_batch(backend, device):
-    x, weight, bias, targets = inputs(30, 6, 20, torch.float64, device)
+    x, weight, bias, targets = inputs(10, 6, 20, torch.float64, device)
     total = (targets != -100).sum()
     whole = testing.run(ours, x, weight, bias, targets, backend=backend)
     for num_items in (total, int(total)):
         parts = [
             testing.run(ours, a, weight, bias, b, num_items=num_items, backend=backend)
-            for a, b in zip(x.split([3, 20, 7]), targets.split([3, 20, 7]), strict=True)
+            for a, b in zip(x.split([3, 6, 1]), targets.split([3, 6, 1]), strict=True)
         ]
         torch.testing.assert_close(sum(p[0] for p in parts), whole[0])
         torch.testing.assert_close(torch.cat([p[1] for p in parts]), whole[1])
@@ -266,8 +270,8 @@ def test_micro_batches_add_up_to_the_batch(backend, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shift", [1, 2, 5])
 def test_shift_predicts_later_tokens(shift, reduction, backend, device):
-    x, weight, bias, targets = inputs(15, 6, 20, torch.float64, device)
-    x, targets = x.view(3, 5, 6), targets.view(3, 5)
+    x, weight, bias, targets = inputs(10, 6, 20, torch.float64, device)
+    x, targets = x.view(2, 5, 6), targets.view(2, 5)
     options = {"reduction": reduction, "backend": backend}
     got = testing.run(ours, x, weight, bias, targets, shift=shift, **options)
 
@@ -300,9 +304,9 @@ class NothingLarge(TorchDispatchMode):
 @pytest.mark.parametrize("step", ["forward", "gradients", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_never_holds_the_logits(dtype, step, backend, device):
-    x, weight, bias, targets = inputs(24, 2, 512, dtype, device)
+    x, weight, bias, targets = inputs(8, 2, 512, dtype, device)
     arguments, needs = (x, weight, bias, targets), (True, True, True)
-    losses = torch.ones(24, device=device)
+    losses = torch.ones(8, device=device)
 
     def run_step(backend):
         # the functions themselves: a mode does not see into an operator
@@ -314,9 +318,9 @@ def test_never_holds_the_logits(dtype, step, backend, device):
         else:
             module.backward(losses, *arguments, losses, -100, *needs)
 
-    with forced(rows=6), NothingLarge(2 * 6 * 512 + 1):
+    with forced(rows=2), NothingLarge(2 * 2 * 512 + 1):
         run_step(backend)
-    with pytest.raises(AssertionError, match="gives"), NothingLarge(24 * 512):
+    with pytest.raises(AssertionError, match="gives"), NothingLarge(8 * 512):
         run_step("reference")
 
 
@@ -335,8 +339,8 @@ def test_chunks_are_even_and_small():
 @pytest.mark.parametrize("backend", FAST)
 def test_any_layout_agrees_with_torch(backend, device):
     # by the tolerance rule: BLAS sums a transposed matrix in another order
-    x, weight, bias, targets = inputs(6, 3, 40, device=device)
-    x, targets = x.view(2, 3, 3), targets.view(2, 3)
+    x, weight, bias, targets = inputs(4, 3, 40, device=device)
+    x, targets = x.view(2, 2, 3), targets.view(2, 2)
     for _, view in layouts(x):
         judge(view, weight, bias, targets, backend=backend)
     for _, view in layouts(weight):

@@ -19,14 +19,14 @@ class Plan:
 # (largest vocab_size, settings), smallest first; the last row serves everything above it.
 LOSS = (
     (1_024, Plan(block_v=1_024, num_warps=4)),
-    (1 << 62, Plan(block_v=4_096, num_warps=8)),
+    (1 << 62, Plan(block_v=4_096, num_warps=16)),
 )
-# Up to 32,768 a row is one block and stays in registers between its two passes.
+# Up to 16,384 a row is one block and stays in registers between its two passes.
 GRADIENT = (
     (1_024, Plan(block_v=1_024, num_warps=4)),
     (4_096, Plan(block_v=4_096, num_warps=8)),
     (8_192, Plan(block_v=8_192, num_warps=8)),
-    (32_768, Plan(block_v=32_768, num_warps=32)),
+    (16_384, Plan(block_v=16_384, num_warps=16)),
     (1 << 62, Plan(block_v=8_192, num_warps=16)),
 )
 TABLES = {"loss": LOSS, "gradient": GRADIENT}
