@@ -38,7 +38,8 @@ class Compiled:
         registers: Per thread.
         stack: Bytes per thread of local memory; above zero, registers spill.
         shared_memory: Bytes per program.
-        instructions: Machine instruction to how often it stands in the code.
+        instructions: Machine instruction to how often it stands in the code; zeros for a kernel
+            without ``tl.dot``, which is not disassembled.
         ttir: Triton's own intermediate code, before it is made for one GPU.
     """
 
@@ -92,7 +93,8 @@ def compile_launch(launch: Launch | Specialized, arch: int) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        # half a second each, so for products alone: which unit runs them stands nowhere else
+        code = _run("nvdisasm", "-c", file.name) if "tt.dot" in kernel.asm["ttir"] else ""
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     opcodes = _OPCODE.findall(re.sub(r"/\*[^*]*\*/", "", code))
     return Compiled(

@@ -5,7 +5,6 @@ The interpreter runs what hardware refuses; these tests close that gap without a
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -168,8 +167,7 @@ print("keys", len({_ahead.specialize(call, 80).key for call in log}))
 def test_lint_and_compiler_see_planted_faults(tmp_path):
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    environment = ahead.compiling_environment()
     run = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
     )
