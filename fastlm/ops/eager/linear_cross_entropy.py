@@ -91,19 +91,18 @@ def _run(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses and lse, unless ``lse`` is given, and gradients of ``(losses * dlosses).sum()``."""
-    check_targets("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
+    vocab_size = linear_weight.shape[0]
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     dlosses = None if dlosses is None else dlosses.reshape(-1)
     lse = None if lse is None else lse.reshape(-1)
     kept = None
-    if input.device.type == "cpu":
-        counted = targets != ignore_index
-        # on a GPU this would wait for it
-        if not counted.all():
-            kept = counted.nonzero()[:, 0]
-            rows, targets = rows[kept], targets[kept]
-            dlosses = None if dlosses is None else dlosses[kept]
-            lse = None if lse is None else lse[kept]
+    # on a GPU a look at the targets would wait for it
+    if input.device.type == "cpu" and _may_be_ignored(targets, vocab_size, ignore_index):
+        check_targets("linear_cross_entropy", target, vocab_size, ignore_index)
+        kept = (targets != ignore_index).nonzero()[:, 0]
+        rows, targets = rows[kept], targets[kept]
+        dlosses = None if dlosses is None else dlosses[kept]
+        lse = None if lse is None else lse[kept]
     losses, lse, dinput, dweight, dbias = _sweep(
         dlosses, rows, linear_weight, linear_bias, targets, lse, ignore_index,
         need_input, need_weight, need_bias,
@@ -116,6 +115,13 @@ def _run(
             dinput = dinput.new_zeros(num_rows, dinput.shape[1]).index_copy_(0, kept, dinput)
     dinput = dinput.view(input.shape if need_input else 0)
     return losses.view(target.shape), lse.view(target.shape), dinput, dweight, dbias
+
+
+def _may_be_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> bool:
+    """False where every target is a class and none can be ``ignore_index``: the usual batch."""
+    if 0 <= ignore_index < vocab_size:
+        return True
+    return bool(((targets < 0) | (targets >= vocab_size)).any())
 
 
 def _sweep(
