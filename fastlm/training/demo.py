@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastlm.training.config import TrainConfig
 
-STEPS = 2000
+STEPS = 1600
 
 
 def demo_config(
@@ -15,7 +15,7 @@ def demo_config(
     steps: int = STEPS,
     overwrite: bool = False,
 ) -> TrainConfig:
-    """A model that has seen the default corpus twice and writes what looks like Python.
+    """A model that has seen all of the default corpus and writes what looks like Python.
 
     Args:
         out: Run folder.
