@@ -128,7 +128,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:func:`fastlm.cross_entropy` in place of :class:`torch.nn.CrossEntropyLoss`.
 
     As there, classes are in dimension 1 of an input with more than one: ``(V,)``, ``(N, V)`` or
-    ``(N, V, ...)``, read in place.  Targets are class indices, and the loss is at least float32.
+    ``(N, V, ...)``, of which the triton backend makes no copy.  Targets are class indices, and the
+    loss is at least float32.
 
     Args:
         weight: Must be None.

@@ -144,13 +144,17 @@ class LinearGradients:
                 add_rows(self.dweight, targets, x.to(self.dweight.dtype) * residuals)
 
 
-def within_float16(dlosses: Tensor, operand: Operand) -> tuple[Tensor, Tensor | None]:
+def within_float16(
+    dlosses: Tensor, ignored: Tensor, operand: Operand
+) -> tuple[Tensor, Tensor | None]:
     """Incoming gradients of at most 1, and the factor that was taken out, for a float16 operand.
 
-    Gradients of a scaled loss, or of one divided by a count, leave the range of float16.
+    Gradients of a scaled loss, or of one divided by a count, leave the range of float16.  Those of
+    ignored rows, which may be anything, have no part in the factor.
     """
     if operand.dtype != torch.float16 or dlosses.numel() == 0:
         return dlosses, None
+    dlosses = dlosses.masked_fill(ignored, 0.0)
     peak = dlosses.abs().amax()
     peak = torch.where(peak > 0, peak, 1.0)
     return dlosses / peak, peak

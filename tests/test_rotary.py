@@ -190,3 +190,12 @@ def test_wrong_arguments_are_named(change, error, message):
     }
     with pytest.raises(error, match=f"apply_rotary: .*{message}"):
         fastlm.apply_rotary(**{**arguments, **change})
+
+
+def test_any_layout_gives_what_the_operator_promises():
+    query = torch.randn(2, 3, 4, 8).to(memory_format=torch.channels_last)
+    key = torch.randn(2, 3, 2, 8)
+    cos, sin = torch.randn(3, 4).cos(), torch.randn(3, 4).sin()
+    for interleaved in (False, True):
+        args = (query, key, cos, sin, interleaved, "torch")
+        torch.library.opcheck(torch.ops.fastlm.apply_rotary_forward.default, args)

@@ -39,8 +39,9 @@ def cross_entropy(
 
     Agrees with :func:`torch.nn.functional.cross_entropy`, except that classes are in the last
     dimension and that the loss is float32 for low-precision logits.  Reads the logits once going
-    forward (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3), leaves
-    them unchanged, and never copies them, whatever their strides.
+    forward (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3) and leaves
+    them unchanged.  The triton backend never copies them, whatever their strides; the torch backend
+    does where leading dimensions do not merge into one.
 
     Args:
         input: Logits ``(..., V)``; float32, bfloat16, float16 or float64.

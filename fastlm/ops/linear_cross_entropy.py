@@ -64,8 +64,8 @@ def linear_cross_entropy(
             The last ``shift`` positions predict nothing; they count as ignored, and with ``"none"``
             they are left out of the result.
         num_items: Divide the summed loss by this and not by the number of positions, as gradient
-            accumulation over batches of different lengths needs; an int, or a tensor of one
-            element.
+            accumulation over batches of different lengths needs; a positive int, or a tensor of
+            one element, where 0 divides by 1.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -129,7 +129,9 @@ def _check(
 def _dtype_under_autocast(tensor: Tensor) -> torch.dtype:
     """What ``F.linear`` would cast ``tensor`` to: autocast leaves float64 alone."""
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if tensor.dtype == torch.float64 or tensor.is_meta:
+        return tensor.dtype
+    if not torch.is_autocast_enabled(device_type):
         return tensor.dtype
     return torch.get_autocast_dtype(device_type)
 
@@ -147,7 +149,9 @@ def _divisors(
     if isinstance(num_items, Tensor):
         shape = tuple(num_items.shape)
         check_that(_OP, "num_items", num_items.numel() == 1, "have one element", f"shape {shape}")
+        # a batch of no items has a loss of 0, which anything but 0 divides
         num_items = num_items.detach().reshape(())
+        num_items = torch.where(num_items > 0, num_items, 1)
     else:
         check_that(_OP, "num_items", num_items > 0, "be positive", num_items)
     return num_items, num_items
@@ -157,6 +161,8 @@ def _reduced(losses: Tensor, reduction: str, divisor: int | Tensor | None, shift
     if reduction == "none":
         return losses[..., : losses.shape[-1] - shift] if shift else losses
     total = losses.sum()
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(total.dtype)
     return total if divisor is None else total / divisor
 
 

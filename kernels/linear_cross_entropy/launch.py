@@ -116,7 +116,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     operand = tensor_core_operand(input, linear_weight.shape[0])
-    dlosses, factor = within_float16(dlosses, operand)
+    dlosses, factor = within_float16(dlosses, target == ignore_index, operand)
     gradients = _sweep(
         dlosses, input, linear_weight, linear_bias, target, None, lse, ignore_index, operand,
         need_input, need_weight, need_bias,

@@ -151,7 +151,7 @@ def _sweep(
     targets = targets[:, None]
     weights = factor = ignored = None
     if dlosses is not None:
-        weights, factor = within_float16(dlosses[:, None], operand)
+        weights, factor = within_float16(dlosses[:, None], targets == ignore_index, operand)
     if not on_cpu:
         ignored = targets == ignore_index
         outside = (targets < 0) | (targets >= vocab_size)

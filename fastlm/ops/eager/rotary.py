@@ -38,8 +38,9 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
         out = _joined(x[..., half:], x[..., :half], interleaved)
     out = out.mul_(sin).addcmul_(x, cos).to(heads.dtype)
     if channels == heads.shape[-1]:
-        return out
-    return torch.cat((out, heads[..., channels:]), dim=-1)
+        # torch.cat keeps the memory format of its inputs, channels last for example
+        return out.contiguous()
+    return torch.cat((out, heads[..., channels:]), dim=-1).contiguous()
 
 
 def forward_refuses(*args: object) -> None:

@@ -97,6 +97,7 @@ def truth_forward(
     target: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
+    check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
     weight, bias = _exact(linear_weight, linear_bias)
     parts = [forward(x.double(), weight, bias, y, ignore_index) for x, y in _slices(input, target)]
     if not parts:
@@ -135,6 +136,7 @@ def truth_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
     weight, bias = _exact(linear_weight, linear_bias)
     dinput = weight.new_zeros(input.shape if need_input else 0)
     dweight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
