@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from support.cross_entropy import (
+    BACKENDS,
+    BLOCK,
+    DTYPES,
+    assert_agrees,
+    assert_same_bits,
+    force_tiny_blocks,
+    losses_and_gradient,
+    torch_loss,
+    wide,
+)
 from support.host_sync import no_host_sync
 from support.interpreter import interpreted_only, permuted_grid
 from support.layouts import layouts
@@ -19,64 +27,12 @@ from support.poison import poisoned
 from torch import Tensor
 
 import fastlm
-from fastlm.kernels.cross_entropy import tuning
 from fastlm.testing import assert_all_as_accurate, cross_entropy_inputs, run
-
-BACKENDS = ["triton", "torch", "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BLOCK = 16  # of the tiny plan
 
 
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     force_tiny_blocks(monkeypatch)
-
-
-def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = tuning.Plan(block_v=BLOCK, num_warps=1)
-    monkeypatch.setattr(tuning, "plan", lambda step, vocab_size: plan)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def torch_loss(
-    logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
-) -> Tensor:
-    """What we agree with: F.cross_entropy, here with classes last."""
-    flat = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long(),
-        reduction=reduction, ignore_index=ignore_index,
-    )  # fmt: skip
-    return flat.view(targets.shape) if reduction == "none" else flat
-
-
-def assert_agrees(logits: Tensor, targets: Tensor, backend: str, **kwargs: Any) -> list[Tensor]:
-    """Loss and gradient are as close to float64 as torch's on logits upcast to float32."""
-    actual = run(fastlm.cross_entropy, logits, targets, backend=backend, **kwargs)
-    plain = run(torch_loss, logits, targets, dtype=wide(logits.dtype), **kwargs)
-    truth = run(torch_loss, logits, targets, dtype=torch.float64, **kwargs)
-    assert actual[0].dtype == wide(logits.dtype)
-    assert actual[1].dtype == logits.dtype
-    assert_all_as_accurate("cross_entropy", actual, plain=plain, truth=truth)
-    return actual
-
-
-def bits(results: list[Tensor]) -> list[Tensor]:
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    return [x.contiguous().view(integers[x.itemsize]) for x in results]
-
-
-def assert_same_bits(actual: list[Tensor], expected: list[Tensor], why: str = "") -> None:
-    for got, want in zip(bits(actual), bits(expected), strict=True):
-        assert torch.equal(got, want), why
-
-
-def losses_and_gradient(
-    logits: Tensor, targets: Tensor, backend: str = "triton", **kwargs: Any
-) -> list[Tensor]:
-    return run(fastlm.cross_entropy, logits, targets, reduction="none", backend=backend, **kwargs)
 
 
 # Agreement with torch
@@ -501,57 +457,6 @@ def test_names_a_target_out_of_range_on_cpu(target, backend):
     message = rf"cross_entropy: target must be in \[0, 5\).*, got {target} at position \[1, 0\]"
     with pytest.raises(IndexError, match=message):
         fastlm.cross_entropy(torch.zeros(2, 2, 5), targets, backend=backend)
-
-
-# Any shape
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
-    vocab_size = draw(st.integers(1, 4 * BLOCK + 1))
-    return dict(
-        rows=draw(st.integers(1, 6)),
-        vocab_size=vocab_size,
-        dtype=draw(st.sampled_from(DTYPES)),
-        ignored=draw(st.sampled_from([0.0, 0.3])),
-        ignore_index=draw(st.sampled_from([-100, 0, vocab_size - 1])),
-        reduction=draw(st.sampled_from(["mean", "sum", "none"])),
-        layout=draw(st.integers(0, 4)),
-        seed=draw(st.integers(0, 2**31)),
-    )
-
-
-def check_problem(problem: dict[str, Any], device: str) -> None:
-    logits, targets = cross_entropy_inputs(
-        problem["rows"], problem["vocab_size"], problem["dtype"], device,
-        ignored=problem["ignored"], seed=problem["seed"],
-    )  # fmt: skip
-    targets[targets == -100] = problem["ignore_index"]
-    targets[0] = problem["vocab_size"] // 2
-    _, view = layouts(logits)[problem["layout"]]
-    options = dict(reduction=problem["reduction"], ignore_index=problem["ignore_index"])
-    if (targets != problem["ignore_index"]).any():
-        assert_agrees(view, targets, "triton", **options)
-
-
-FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
-
-
-@given(problem=problems())
-@settings(max_examples=25, **FUZZ)
-def test_any_problem_is_as_accurate_as_torch(problem, device):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        force_tiny_blocks(monkeypatch)
-        check_problem(problem, device)
-
-
-@pytest.mark.slow
-@given(problem=problems())
-@settings(max_examples=200, **{**FUZZ, "derandomize": False})
-def test_two_hundred_problems_are_as_accurate_as_torch(problem, device):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        force_tiny_blocks(monkeypatch)
-        check_problem(problem, device)
 
 
 # Planted bugs

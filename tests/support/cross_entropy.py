@@ -1,0 +1,65 @@
+"""cross_entropy held to torch's: what its test files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlm
+from fastlm.kernels.cross_entropy import tuning
+from fastlm.testing import assert_all_as_accurate, run
+
+BACKENDS = ["triton", "torch", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCK = 16  # of the tiny plan
+
+
+def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tuning.Plan(block_v=BLOCK, num_warps=1)
+    monkeypatch.setattr(tuning, "plan", lambda step, vocab_size: plan)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def torch_loss(
+    logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
+    """What we agree with: F.cross_entropy, here with classes last."""
+    flat = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long(),
+        reduction=reduction, ignore_index=ignore_index,
+    )  # fmt: skip
+    return flat.view(targets.shape) if reduction == "none" else flat
+
+
+def assert_agrees(logits: Tensor, targets: Tensor, backend: str, **kwargs: Any) -> list[Tensor]:
+    """Loss and gradient are as close to float64 as torch's on logits upcast to float32."""
+    actual = run(fastlm.cross_entropy, logits, targets, backend=backend, **kwargs)
+    plain = run(torch_loss, logits, targets, dtype=wide(logits.dtype), **kwargs)
+    truth = run(torch_loss, logits, targets, dtype=torch.float64, **kwargs)
+    assert actual[0].dtype == wide(logits.dtype)
+    assert actual[1].dtype == logits.dtype
+    assert_all_as_accurate("cross_entropy", actual, plain=plain, truth=truth)
+    return actual
+
+
+def bits(results: list[Tensor]) -> list[Tensor]:
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return [x.contiguous().view(integers[x.itemsize]) for x in results]
+
+
+def assert_same_bits(actual: list[Tensor], expected: list[Tensor], why: str = "") -> None:
+    for got, want in zip(bits(actual), bits(expected), strict=True):
+        assert torch.equal(got, want), why
+
+
+def losses_and_gradient(
+    logits: Tensor, targets: Tensor, backend: str = "triton", **kwargs: Any
+) -> list[Tensor]:
+    return run(fastlm.cross_entropy, logits, targets, reduction="none", backend=backend, **kwargs)
