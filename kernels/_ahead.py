@@ -25,7 +25,7 @@ from triton.runtime.jit import create_function_from_signature
 from ._launch import Launch
 from ._runtime import INTERPRETED
 
-_INSTRUCTIONS = ("HGMMA", "HMMA", "LDL", "STL", "LDS", "LDSM")
+_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "LDL", "STL", "LDS", "LDSM")
 # at the start of a line, after an optional predicate such as @!P0
 _OPCODE = re.compile(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[.\s]", re.M)
 
