@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import random
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.attention import (
+    DTYPES,
     assert_same_bits,
-    assert_true,
+    backends,
     blocks,
     judge,
     judge_pooled,
     run,
     upstream,
+    with_dtypes,
 )
 from support.host_sync import no_host_sync
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlm
 from fastlm.kernels import attention as kernels
 from fastlm.kernels.attention import tuning
+from fastlm.ops.eager import attention as eager
 from fastlm.ops.reference import attention as reference
 from fastlm.testing import attention_inputs
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-BACKENDS = ["triton", "torch", "reference"]
+ALL = ("triton", "torch", "reference")
+BACKENDS = backends(*ALL)
 HEAD_DIMS = [(1, 8, 24, 40), (59, 72, 80, 96, 111), (128, 160, 192, 256)]
-KERNELS = ["triton", "torch"]
+KERNELS = backends("triton", "torch")
 REAL_PLAN = tuning.plan
 
 
@@ -39,8 +42,7 @@ def _small_blocks():
         yield
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(*ALL))
 @pytest.mark.parametrize(
     ("num_queries", "num_keys", "heads", "kv_heads"),
     [(35, 35, 2, 1), (17, 33, 1, 1), (49, 17, 1, 1)],
@@ -50,13 +52,15 @@ def test_as_accurate_as_torch(device, backend, dtype, num_queries, num_keys, hea
     judge(*inputs, backend=backend)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", backends("triton", "torch", dtype=torch.bfloat16))
 @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
 def test_any_head_dim(device, backend, head_dims):
     cases = [
         attention_inputs(1, *lengths, 1, 1, head_dim, torch.bfloat16, device, value_dim=value_dim)
         for head_dim in head_dims
         for lengths, value_dim in (((17, 17), head_dim), ((9, 18), 257 - head_dim))
+        # beside 256 there is no column for the gradient of the lse
+        if value_dim < 256 or backend == "triton" or device == "cpu"
     ]
     judge_pooled(cases, backend=backend)
 
@@ -90,7 +94,7 @@ def test_blocks_need_not_be_square(device, backend, block_m, block_n):
         judge(*attention_inputs(1, 35, 40, 1, 1, 8, device=device), backend=backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)  # float64 has the blocks of these tests
 def test_blocks_of_the_table_are_as_good(device, dtype):
     inputs = attention_inputs(1, 150, 140, 1, 1, 64, dtype, device)
     with mock.patch.object(tuning, "plan", REAL_PLAN):
@@ -151,8 +155,7 @@ def powers_of_two_visible(dtype, device):
     return query, key, value, dout, exact
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes("triton", "torch"))
 def test_power_of_two_means_are_exact(device, backend, dtype):
     query, key, value, dout, exact = powers_of_two_visible(dtype, device)
     out, lse, _, dkey, dvalue = run(query, key, value, backend=backend, scale=0.5, dout=dout)
@@ -169,10 +172,9 @@ def test_power_of_two_means_are_exact(device, backend, dtype):
         assert torch.equal(dvalue, want.to(dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(*ALL))
 def test_a_query_can_select_any_key_of_its_head(device, backend, dtype):
-    batch, num, heads, kv_heads, dim = 2, 40, 6, 2, 64
+    batch, num, heads, kv_heads, dim = 2, 40, 4, 2, 64
     generator = torch.Generator().manual_seed(3)
     order = torch.stack(
         [torch.randperm(dim, generator=generator)[:num] for _ in range(batch * kv_heads)]
@@ -200,11 +202,11 @@ def test_a_query_can_select_any_key_of_its_head(device, backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("heads", [4, 2])
 def test_one_query_over_a_cache_sees_all_of_it(device, backend, heads):
-    query, key, value = attention_inputs(2, 33, 33, heads, 2, 16, device=device)
+    query, key, value = attention_inputs(2, 20, 20, heads, 2, 16, device=device)
     caches = [torch.full((2, 50, 2, 16), torch.nan, device=device) for _ in range(2)]
     for cache, x in zip(caches, (key, value), strict=True):
-        cache[:, :33] = x
-    views = [cache[:, :33] for cache in caches]
+        cache[:, :20] = x
+    views = [cache[:, :20] for cache in caches]
     judge_pooled([(query[:, -1:], *views)], backend=backend)
     whole = fastlm.causal_attention(query, key, value, backend=backend)
     last = fastlm.causal_attention(query[:, -1:], *views, backend=backend)
@@ -256,8 +258,7 @@ def test_a_bad_query_spoils_its_own_row_only(device, backend, bad):
 @pytest.mark.parametrize("backend", KERNELS)
 def test_large_scores_do_not_overflow(device, backend):
     query, key, value = attention_inputs(1, 20, 20, 1, 1, 8, device=device)
-    if backend == "triton":
-        judge(6 * query, 6 * key, value, backend=backend)
+    judge(6 * query, 6 * key, value, backend=backend)
     for result in run(1e4 * query, 1e4 * key, value, backend=backend):
         assert result.isfinite().all()
 
@@ -304,6 +305,30 @@ def test_wrong_arguments_are_named(change, error, message):
         fastlm.causal_attention(*change(*inputs))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "value_dim", "with_dlse", "reason"),
+    [
+        (torch.float32, 1.0, 8, True, "takes bfloat16 and float16, not float32"),
+        (torch.bfloat16, 0.0, 8, True, "scale must be a normal float32 above 0, not 0.0"),
+        (torch.bfloat16, -0.5, 8, True, "scale must be a normal float32 above 0, not -0.5"),
+        (torch.bfloat16, 1.0, 256, True, "a column beside value's 256"),
+        (torch.bfloat16, 1.0, 256, False, None),
+        (torch.bfloat16, 1.0, 255, True, None),
+    ],
+)
+def test_torch_on_cuda_says_what_it_cannot_take(dtype, scale, value_dim, with_dlse, reason):
+    with FakeTensorMode():  # a device in name only
+        query, key, value = (
+            torch.empty(1, 4, 1, dim, dtype=dtype, device="cuda") for dim in (8, 8, value_dim)
+        )
+        lse = torch.empty(1, 1, 4, device="cuda")
+        rest = (value, lse if with_dlse else None, query, key, value, value, lse, scale, True, True)
+        answer = eager.backward_refuses(*rest)
+        assert answer is None if reason is None else reason in answer
+        if value_dim == 8:
+            assert eager.forward_refuses(query, key, value, scale) == answer
+
+
 def test_an_unknown_backend_is_named():
     inputs = attention_inputs(1, 2, 2, 1, 1, 8)
     with pytest.raises(ValueError, match="backend must be one of"):
@@ -331,36 +356,24 @@ def test_checked_accepts_what_is_right_and_refuses_what_is_not(device, monkeypat
         run(*inputs, backend="triton")
 
 
-@st.composite
-def calls(draw):
-    """Arguments of ``attention_inputs``, and a scale."""
-    kv_heads = draw(st.integers(1, 2))
-    sizes = {
-        "num_queries": draw(st.integers(0, 50)),
-        "num_keys": draw(st.integers(0, 50)),
-        "heads": kv_heads * draw(st.integers(1, 3)),
-        "kv_heads": kv_heads,
-        "head_dim": draw(st.integers(1, 40)),
-        "value_dim": draw(st.integers(1, 40)),
-        "seed": draw(st.integers(0, 1 << 16)),
-    }
-    return sizes, draw(st.none() | st.floats(-2, 2, width=16))
+def random_calls(dtype, device, count):
+    """Inputs and scales of calls of any size, three blocks and more each way in most."""
+    choose = random.Random(0)
+    cases, scales = [], []
+    for seed in range(count):
+        kv_heads = choose.randint(1, 2)
+        heads = kv_heads * choose.randint(1, 2)
+        lengths = choose.randint(0, 50), choose.randint(0, 50)
+        head_dim, value_dim = choose.randint(1, 40), choose.randint(1, 40)
+        cases.append(attention_inputs(
+            1, *lengths, heads, kv_heads, head_dim, dtype, device, value_dim=value_dim, seed=seed
+        ))  # fmt: skip
+        scales.append(choose.choice([None, 0.0, choose.uniform(-2, 2)]))
+    return cases, scales
 
 
-def check_call(device, sizes, scale):
-    inputs = attention_inputs(1, **sizes, dtype=torch.float64, device=device)
-    with blocks(16, 16):
-        assert_true(*inputs, backend="triton", scale=scale)
-
-
-@given(drawn=calls())
-@settings(max_examples=6, derandomize=True, deadline=None, database=None)
-def test_random_calls(device, drawn):
-    check_call(device, *drawn)
-
-
-@pytest.mark.slow
-@given(drawn=calls())
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
-def test_many_random_calls(device, drawn):
-    check_call(device, *drawn)
+@pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_calls(device, dtype, count):
+    cases, scales = random_calls(dtype, device, count)
+    judge_pooled(cases, backend="triton", scales=scales)

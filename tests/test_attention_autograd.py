@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
-from support.attention import assert_same_bits, blocks, run, upstream
+from support.attention import assert_same_bits, backends, blocks, run, upstream, with_dtypes
 
 import fastlm
 from fastlm.testing import attention_inputs
 
-BACKENDS = ["triton", "torch", "reference"]
+ALL = ("triton", "torch", "reference")
+BACKENDS = backends(*ALL)
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +21,10 @@ def _small_blocks():
         yield
 
 
+# in random directions first: all of the Jacobian takes a minute in the interpreter
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_are_those_of_the_function(device, backend):
+def test_gradients_are_those_of_the_function(device, backend, fast):
     # a GPU multiplies no less than 16 by 16
     block = 16 if device == "cuda" else 2
     sizes = (1, 2 * block + 1, 2 * block + 2, 2, 1, 2)
@@ -33,14 +36,15 @@ def test_gradients_are_those_of_the_function(device, backend):
 
     with blocks(block, block):
         assert torch.autograd.gradcheck(
-            function, leaves, eps=1e-6, atol=1e-7, rtol=1e-5, nondet_tol=0.0
+            function, leaves, eps=1e-6, atol=1e-7, rtol=1e-5, nondet_tol=0.0, fast_mode=fast
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), with_dtypes(*ALL, dtypes=(torch.float32, torch.bfloat16))
+)
 def test_operators_keep_the_rules_of_torch_library(device, backend, dtype):
-    inputs = attention_inputs(2, 5, 7, 4, 2, 8, dtype, device, value_dim=4)
+    inputs = attention_inputs(1, 5, 7, 2, 1, 8, dtype, device, value_dim=4)
     forward = torch.ops.fastlm.causal_attention_forward.default
     torch.library.opcheck(forward, (*inputs, 0.3, backend))
     out, lse = forward(*inputs, 0.3, backend)
@@ -50,14 +54,14 @@ def test_operators_keep_the_rules_of_torch_library(device, backend, dtype):
         torch.library.opcheck(backward, (out, dlse, *inputs, out, lse, 0.3, *needs, backend))
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", backends("triton", "torch"))
 def test_compiled_calls_give_the_same_bits(device, backend):
     def function(*inputs):
         out, lse = fastlm.causal_attention(*inputs, return_lse=True, backend=backend)
         return out * 2, lse + 1
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for sizes in ((1, 17, 17, 2, 1, 8), (2, 9, 20, 4, 2, 8), (1, 20, 9, 2, 2, 8)):
+    for sizes in ((1, 9, 9, 2, 1, 8), (2, 5, 12, 2, 2, 8), (1, 12, 5, 4, 2, 8)):
         results = []
         for call in (function, compiled):
             leaves = [x.requires_grad_() for x in attention_inputs(*sizes, device=device)]
@@ -84,7 +88,7 @@ def test_any_subset_of_gradients(device, backend, needs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_may_arrive_in_any_layout(device, backend):
-    inputs = attention_inputs(2, 18, 18, 2, 1, 8, device=device)
+    inputs = attention_inputs(2, 5, 5, 2, 1, 8, device=device)
     dout, dlse = upstream(inputs[0], inputs[2])
     expected = run(*inputs, backend=backend, dout=dout, dlse=dlse)
     for a, b in itertools.combinations(range(4), 2):

@@ -55,7 +55,7 @@ def test_layout_changes_no_bit(device, position):
 
 
 def test_a_strided_last_dimension_goes_to_torch(device):
-    query, key, value = attention_inputs(1, 18, 18, 2, 1, 8, device=device)
+    query, key, value = attention_inputs(1, 18, 18, 2, 1, 8, torch.bfloat16, device)
     strided = key.transpose(1, 3).contiguous().transpose(1, 3)
     with pytest.raises(NotImplementedError, match=r"key has stride \d+: it must be contiguous"):
         fastlm.causal_attention(query, strided, value, backend="triton")
@@ -67,7 +67,7 @@ def test_a_strided_last_dimension_goes_to_torch(device):
 
 
 @interpreted_only
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_order_of_programs_changes_no_bit(seed):
     tensors = inputs_and_dout(1, 20, 35, 4, 2, 8)
     expected = run_with_gradient(*tensors)
@@ -148,7 +148,8 @@ def test_nothing_outside_the_tensors_is_touched(end, sizes):
 @pytest.mark.parametrize("dimension", range(3), ids=["batch", "token", "head"])
 @pytest.mark.parametrize("position", range(4), ids=NAMES)
 def test_offsets_beyond_two_to_the_31_are_right(position, dimension):
-    tensors = inputs_and_dout(3, 3, 3, 3, 3, 4, dtype=torch.float16)
+    batch, tokens, heads = (3 if at == dimension else 1 for at in range(3))
+    tensors = inputs_and_dout(batch, tokens, tokens, heads, heads, 4, dtype=torch.float16)
     expected = run_with_gradient(*tensors)
     strides = list(tensors[position].stride())
     strides[dimension] = 2**30 + 64  # the third step passes 2**31

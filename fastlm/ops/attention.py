@@ -43,7 +43,8 @@ def causal_attention(
     no key (T > S) has out 0, lse -inf and gradient 0.  Scores are never stored (Dao, 2023,
     https://arxiv.org/abs/2307.08691).  The triton backend copies no input and gives the same bits
     in every run; the torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs
-    without instructions for them, values whose head_dim is not query's.
+    without instructions for them, values whose head_dim is not query's.  On CPU it also allocates a
+    ``(T, S)`` mask of scores where T != S and T > 1.
 
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; D from 1 to 256.

@@ -72,6 +72,9 @@ def attention_launches(dtype: torch.dtype) -> None:
         _attention(128, 128, 4, 4, head_dim, head_dim, dtype, with_options=False)
         # grouped heads, another value_dim, lengths and strides that nothing divides
         _attention(77, 133, 6, 2, head_dim - 3, head_dim - 24, dtype, with_options=True)
+    if dtype == torch.bfloat16:
+        for head_dim in (64, 128):  # what most models run: grouped heads, nothing padded
+            _attention(128, 128, 32, 8, head_dim, head_dim, dtype, with_options=False)
 
 
 def _attention(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +17,22 @@ from fastlm.ops.reference import attention as reference
 from fastlm.testing import assert_as_accurate
 
 NAMES = ("out", "lse", "dquery", "dkey", "dvalue")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def backends(*names: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Those of ``names`` that take ``dtype`` here: torch's on a GPU takes none of 32 or 64 bits."""
+    narrow_only = {"torch"} if torch.cuda.is_available() and dtype.itemsize > 2 else set()
+    return [name for name in names if name not in narrow_only]
+
+
+def with_dtypes(*names: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any]:
+    """Parameters backend and dtype: every pair that :func:`backends` allows."""
+    return [
+        pytest.param(name, dtype, id=f"{name}-{dtype}")
+        for dtype in dtypes
+        for name in backends(*names, dtype=dtype)
+    ]
 
 
 @contextlib.contextmanager
@@ -57,7 +75,7 @@ def run(
     return out.detach(), lse.detach(), *grads
 
 
-Case = tuple[Tensor, Tensor, Tensor]
+Case = Sequence[Tensor]
 
 
 def judge(*inputs: Tensor, backend: str, scale: float | None = None) -> None:
@@ -66,26 +84,22 @@ def judge(*inputs: Tensor, backend: str, scale: float | None = None) -> None:
         _judge(name, results, inputs[0].shape[-1])
 
 
-def judge_pooled(cases: Sequence[Case], *, backend: str, scale: float | None = None) -> None:
+def judge_pooled(
+    cases: Sequence[Case], *, backend: str, scales: Sequence[float | None] | None = None
+) -> None:
     """The same for calls too small to be judged one by one.
 
     The rule compares error norms, which of a handful of elements say little.  Outputs of all cases
     are judged together, and so are all their gradients.
     """
-    rows = [_three(case, backend, scale) for case in cases]
+    scales = scales or [None] * len(cases)
+    rows = [_three(case, backend, scale) for case, scale in zip(cases, scales, strict=True)]
     for name, positions in (("out", [0]), ("lse", [1]), ("gradients", [2, 3, 4])):
         pooled = [
             torch.cat([row[kind][at].flatten() for row in rows for at in positions])
             for kind in range(3)
         ]
         _judge(name, pooled, max(case[0].shape[-1] for case in cases))
-
-
-def assert_true(*inputs: Tensor, backend: str, scale: float | None = None) -> None:
-    """Compare float64 results with the definition: a test of indices, for calls of any size."""
-    actual, _, truth = _three(inputs, backend, scale)
-    for name, got, want in zip(NAMES, actual, truth, strict=True):
-        torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def _three(inputs: Sequence[Tensor], backend: str, scale: float | None) -> list[tuple[Tensor, ...]]:

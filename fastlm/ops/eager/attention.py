@@ -115,9 +115,10 @@ def _flash_backward(
     masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.is_cuda:
+        # of the lse this operator reads no strides
         no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         return _flash_cuda_backward(
-            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, masked,
+            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, masked,
             no_seed, no_seed, scale=scale,
         )  # fmt: skip
     square = q.shape[2] == k.shape[2]
@@ -168,17 +169,22 @@ def _cpu_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if native() else torch.float32
 
 
-def _refuses(query: Tensor) -> str | None:
+def _refuses(query: Tensor, scale: float) -> str | None:
     if query.is_cuda and query.itemsize != 2:
         name = str(query.dtype).removeprefix("torch.")
         return f"torch's flash attention on CUDA takes bfloat16 and float16, not {name}"
+    if query.is_cuda and scale < torch.finfo(torch.float32).tiny:
+        return (
+            "torch's flash attention on CUDA masks scores before it scales them: "
+            f"scale must be a normal float32 above 0, not {scale}"
+        )
     if query.device.type not in ("cpu", "cuda"):
         return f"torch's flash attention has no operator with lse on {query.device.type}"
     return None
 
 
 def forward_refuses(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | None:
-    return _refuses(query)
+    return _refuses(query, scale)
 
 
 def backward_refuses(
@@ -193,4 +199,11 @@ def backward_refuses(
     need_dquery: bool,
     need_dkey_dvalue: bool,
 ) -> str | None:
-    return _refuses(query)
+    if query.is_cuda and dlse is not None:
+        width = _width(query.shape[-1], value.shape[-1] + 1, query)
+        if width > 256:
+            return (
+                "torch's flash attention on CUDA ends at a head_dim of 256, and the gradient of "
+                f"lse takes a column beside value's {value.shape[-1]}"
+            )
+    return _refuses(query, scale)
