@@ -38,7 +38,8 @@ raise SystemExit(any(row["result"] == "wrong" for row in report["self_test"]))'
 run_tests() {
   # Exit code 77 means: could not be run here, for the reason printed last.
   "$python" -c 'import pytest, hypothesis' || { echo "pytest or hypothesis is missing"; exit 77; }
-  "$python" -P -m pytest -m "not slow" -p no:cacheprovider "$@"
+  # -W default: another torch warns of other things
+  "$python" -P -m pytest -W default -m "not slow" -p no:cacheprovider "$@"
 }
 
 run_benchmark() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -244,3 +245,32 @@ def test_second_signal_stops_at_once(settings: dict[str, Any], tmp_path: Path) -
     _, status = os.waitpid(start_child(lambda: fastlm.train(config, on_step=two_signals)), 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
     assert not (out / "checkpoints").exists()
+
+
+def test_a_bad_corpus_leaves_the_run_it_was_to_replace(tmp_path):
+    out, good, bad = tmp_path / "run", tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("to be or not to be, that is the question. " * 60)
+    bad.write_bytes(b"to be \xff not to be " * 60)
+    sizes = dict(
+        tokenizer="char", context=16, batch_size=2, num_hidden_layers=1, hidden_size=16,
+        num_attention_heads=2, intermediate_size=16, steps=2, device="cpu",
+    )  # fmt: skip
+    fastlm.train(fastlm.TrainConfig(data=str(good), out=str(out), **sizes))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="UTF-8"):
+        fastlm.train(fastlm.TrainConfig(data=str(bad), out=str(out), overwrite=True, **sizes))
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_fewer_steps_than_the_run_has_are_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 60)
+    config = fastlm.TrainConfig(
+        data=str(text), out=str(tmp_path / "run"), tokenizer="char", context=16, batch_size=2,
+        num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16, steps=3,
+        device="cpu",
+    )  # fmt: skip
+    fastlm.train(config)
+    with pytest.raises(ValueError, match="steps must be at least 3, where the run is, got 2"):
+        fastlm.train(dataclasses.replace(config, steps=2, warmup=1, resume="latest"))
+    assert "steps: 3" in (tmp_path / "run" / "config.yaml").read_text()

@@ -52,9 +52,10 @@ def run(argv: Sequence[str]) -> int:
     from fastlm.inference.language_model import load
 
     model = load(options.pop("run"))
-    prompt = options["prompt"]
-    print(prompt, end="", flush=True)
-    for item in model.stream(**options):
+    # checks its arguments at once, before there is output to mix with an error
+    items = model.stream(**options)
+    print(options["prompt"], end="", flush=True)
+    for item in items:
         print(item.text, end="", flush=True)
     print()
     return 0

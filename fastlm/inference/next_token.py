@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,9 +133,10 @@ class NextToken:
                 text, (prob, row), (5, 0), textcoords="offset points", va="center",
                 fontsize=10, color=_INK,
             )  # fmt: skip
+        # no y of our own: the layout makes room only for a title that it places
         figure.suptitle(
             f"Next token after {_quoted(self.prompt)}",
-            x=0.02, y=0.985, ha="left", fontsize=13, fontweight="bold", color=_INK,
+            x=0.02, ha="left", fontsize=13, fontweight="bold", color=_INK,
         )  # fmt: skip
         others = self.vocab_size - rows
         shared = f", {others:,} others share {max(0.0, 1 - self.covered):.1%}" if others else ""
@@ -155,7 +155,7 @@ def _bar(fraction: float, width: int) -> str:
 def _label(token: str) -> str:
     """A token on one short line, spaces visible, nothing that would start matplotlib's math."""
     shown = repr(token)[1:-1].replace(" ", "␣")
-    return textwrap.shorten(shown, 24, placeholder="…").replace("$", r"\$")
+    return (shown if len(shown) <= 24 else f"{shown[:23]}…").replace("$", r"\$")
 
 
 def _quoted(prompt: str) -> str:

@@ -96,7 +96,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, files: Files | None
     if not folder.is_dir():
         files.make_folder(folder)
         files.sync(folder.parent)
-    for leftover in folder.glob(".*"):
+    for leftover in folder.glob(".step-*"):
         files.remove_folder(leftover)
 
     final = folder / name_of(checkpoint.step)

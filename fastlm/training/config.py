@@ -301,6 +301,8 @@ def _check_ranges(config: TrainConfig) -> None:
             raise _error(name, str(allowed), value)
     if not config.out:
         raise _error("out", "name a folder", config.out)
+    if config.data == "":
+        raise _error("data", "name a file or a folder", config.data)
     kind, _, index = config.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise _error("device", "be auto, cpu, cuda or cuda:N", config.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastlm.training.config import TrainConfig
 
-STEPS = 1600
+STEPS = 1200
 
 
 def demo_config(

@@ -59,22 +59,28 @@ class RunFolder:
         corpus = Corpus(config.data)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"train: out must be a folder, got the file {self.path}")
-        if self.config.exists():
-            if not config.overwrite:
-                raise ConfigError(
-                    f"train: out must be a folder without a run, got {self.path}; go on with that "
-                    "run by resume=latest, replace it by overwrite, or name another folder"
-                )
-            self._clear()
+        if self.config.exists() and not config.overwrite:
+            raise ConfigError(
+                f"train: out must be a folder without a run, got {self.path}; go on with that "
+                "run by resume=latest, replace it by overwrite, or name another folder"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
-        tokenizer = _train_tokenizer(corpus, config)
-        tokens = write_tokens(
-            corpus, tokenizer, self.tokens, context=config.context, validation=config.validation
-        )
+        # beside what is there, which stays until the new corpus has proved usable
+        fresh = self.path / ".tokens"
+        try:
+            tokenizer = _train_tokenizer(corpus, config)
+            write_tokens(
+                corpus, tokenizer, fresh, context=config.context, validation=config.validation
+            )
+            self._clear()
+            fresh.rename(self.tokens)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        tokens = read_tokens(self.tokens)
         tokenizers_.save_tokenizer(tokenizer, self.path, config.context)
         self.write_json("env.json", environment())
         # last: what a complete preparation is known by
-        write_config(config, self.config)
+        self.record(config)
         return tokenizer, tokens
 
     def reopen(self, config: ResolvedConfig) -> tuple[Tokenizer, Tokens]:
@@ -100,16 +106,20 @@ class RunFolder:
             raise DataError(f"data: {file} cannot be read: {error.strerror}") from None
         except ValueError:
             raise DataError(f"data: {file} is damaged") from None
-        tokens = read_tokens(self.tokens)
-        write_config(dataclasses.replace(config, resume=None), self.config)
-        return tokenizer, tokens
+        return tokenizer, read_tokens(self.tokens)
+
+    def record(self, config: ResolvedConfig) -> None:
+        """Write config.yaml, which starts a run of the same settings and replaces none."""
+        write_config(dataclasses.replace(config, resume=None, overwrite=False), self.config)
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing that somebody put beside it."""
-        self.config.unlink()
+        self.config.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tokens):
             shutil.rmtree(folder, ignore_errors=True)
         self.metrics.unlink(missing_ok=True)
+        for name in ("model.safetensors", "report.md", "loss.png"):
+            (self.path / name).unlink(missing_ok=True)
 
     def keep_metrics_until(self, step: int, *, last_validation: bool = True) -> float:
         """Drop the rows after ``step``, which come again; return the seconds of training until it.

@@ -102,6 +102,8 @@ def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) 
         )
         torch.manual_seed(settings.seed)
         run = _Run(settings, folder, tokenizer, tokens, device, dtype)
+        if settings.resume is not None:
+            folder.record(settings)
         with Display(settings.steps, run.step) as display:
             run.introduce(display)
             run.advance(display, interrupt, on_step)
@@ -183,11 +185,17 @@ class _Run:
         for warning in caught:
             self.resumed.append(str(warning.message))
             warnings.warn_explicit(warning.message, warning.category, __file__, 0)
+        if found.step > self.config.steps:
+            raise ConfigError(
+                f"train: steps must be at least {found.step}, where the run is, "
+                f"got {self.config.steps}"
+            )
         self.model.load_state_dict(found.model, strict=False)
         self.model.tie_weights()
         self.optimizer.load_state(found.optimizer)
         torch.set_rng_state(found.optimizer["rng.cpu"])
-        if self.device.type == "cuda":
+        # a run that was begun on a CPU has none
+        if self.device.type == "cuda" and "rng.cuda" in found.optimizer:
             torch.cuda.set_rng_state(found.optimizer["rng.cuda"], self.device)
         self.step = found.step
         self.elapsed = self.folder.keep_metrics_until(found.step)
