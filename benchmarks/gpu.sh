@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Test and time every op on a machine with a GPU; needs no network and nothing but torch and Triton.
+# Test and time every op on a machine with a GPU; needs no network, but torch, Triton, pip and setuptools >= 77.
 #
 #   benchmarks/gpu.sh --seconds N --out DIR [--dry-run] [--stages FILE]
 #
