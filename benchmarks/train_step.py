@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import statistics
 import time
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 
 import fastlm
+from fastlm.benchmarks import _harness, _report
 
 PROVIDERS = ("fastlm", "transformers")
 
@@ -180,8 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
         cells = "".join(f"{row[name]:8.1f}" for name in ("ms_min", "ms_p20", "ms_p50", "ms_p80"))
         print(f"{row['provider']:14}{cells}{row['peak_mib']:22.0f}")
     if options["json"]:
-        env = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        Path(options["json"]).write_text(json.dumps({"env": env, "rows": rows}, indent=2) + "\n")
+        env = _report.environment("cpu", _harness.measure_ceilings("cpu", [torch.float32]))
+        _report.save(Path(options["json"]), env, rows)
 
 
 if __name__ == "__main__":
