@@ -5,7 +5,9 @@ Wide is the dtype sums are kept in: float32, or float64 for float64 inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ _WIDE_OPERANDS = 128
 # Probabilities of a large vocabulary are subnormal in float16.  The gradient of the logits is at
 # most 1, so a power of two below 65,504 moves it up without overflow; the products take it out.
 _FLOAT16_SCALE = 4_096.0
+
+# The gradient of a z-loss grows with the lse; one 16 times this is still finite in float16.
+_USUAL_LSE = 1_024.0
 
 # Elements of a narrow matrix that are widened at once on CPU: 64 MB of float32.
 _WIDENED_AT_ONCE = 1 << 24
@@ -144,17 +149,76 @@ class LinearGradients:
                 add_rows(self.dweight, targets, x.to(self.dweight.dtype) * residuals)
 
 
-def within_float16(
-    dlosses: Tensor, ignored: Tensor, operand: Operand
-) -> tuple[Tensor, Tensor | None]:
-    """Incoming gradients of at most 1, and the factor that was taken out, for a float16 operand.
+@dataclass(frozen=True)
+class Upstream:
+    """The gradients that come in for each row, wide; None is 1 for ``dlosses``, 0 for the others.
 
-    Gradients of a scaled loss, or of one divided by a count, leave the range of float16.  Those of
-    ignored rows, which may be anything, have no part in the factor.
+    Attributes:
+        z_weight: A scalar: the gradient is also that of the sum of ``z_weight * lse**2``.
     """
-    if operand.dtype != torch.float16 or dlosses.numel() == 0:
-        return dlosses, None
-    dlosses = dlosses.masked_fill(ignored, 0.0)
-    peak = dlosses.abs().amax()
-    peak = torch.where(peak > 0, peak, 1.0)
-    return dlosses / peak, peak
+
+    dlosses: Tensor | None = None
+    dlogprobs: Tensor | None = None
+    dlse: Tensor | None = None
+    dentropy: Tensor | None = None
+    z_weight: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> Upstream:
+        return self.each_row(lambda x: x[rows])
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> Upstream:
+        """With ``change`` applied to all that is per row."""
+        per_row = (self.dlosses, self.dlogprobs, self.dlse, self.dentropy)
+        return Upstream(*(None if x is None else change(x) for x in per_row), self.z_weight)
+
+    def within_float16(
+        self,
+        operand: Operand,
+        ignored: Tensor,
+        weight: Tensor | None,
+        logit_scale: float,
+        vocab_size: int,
+    ) -> tuple[Upstream, Tensor | None]:
+        """For a float16 operand, gradients that keep those of the logits below 1, and their factor.
+
+        Gradients of a scaled loss, or of one divided by a count, leave the range of float16.  Those
+        of ignored rows, which may be anything, have no part in the factor.
+
+        Args:
+            operand: Other dtypes need no factor.
+            ignored: ``(N,)``.
+            weight: ``(V,)``, of the classes.
+            logit_scale: Factor of the logits.
+            vocab_size: V.
+        """
+        if operand.dtype != torch.float16 or ignored.numel() == 0:
+            return self, None
+        is_plain = all(x is None for x in vars(self).values()) and weight is None
+        if is_plain and abs(logit_scale) <= 1.0:
+            return self, None
+        like = ignored.new_ones((), dtype=torch.float32)
+        peak = like if self.dlosses is None else _peak(self.dlosses, ignored)
+        if weight is not None:
+            peak = peak * weight.abs().amax()
+        for x, most in (
+            (self.dlogprobs, 1.0),
+            (self.dlse, 1.0),
+            # p (log p + H) is at most 1/e and H, which is at most log V
+            (self.dentropy, 1.0 + math.log(vocab_size)),
+        ):
+            if x is not None:
+                peak = peak + most * _peak(x, ignored)
+        if self.z_weight is not None:
+            peak = peak + 2.0 * _USUAL_LSE * self.z_weight
+        peak = abs(logit_scale) * peak
+        peak = torch.where(peak > 0, peak, 1.0)
+        dlosses = self.dlosses
+        if dlosses is None:
+            dlosses = like.expand(ignored.shape).contiguous()
+        z_weight = None if self.z_weight is None else self.z_weight / peak
+        scaled = replace(self, dlosses=dlosses, z_weight=z_weight)
+        return scaled.each_row(lambda x: x / peak), peak
+
+
+def _peak(x: Tensor, ignored: Tensor) -> Tensor:
+    return x.masked_fill(ignored, 0.0).abs().amax()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastlm.ops._checks import (
     check_that,
 )
 from fastlm.ops._define import define_op
+from fastlm.ops.reference.cross_entropy import classify
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = {
@@ -27,46 +29,100 @@ BACKENDS = {
 }
 
 
+class LossStats(NamedTuple):
+    """What is known of each position beside its loss; zero, and -1, where the target is ignored.
+
+    Attributes:
+        logprobs: ``(...)`` log-probability of the target; differentiable, like the next two.
+        lse: ``(...)`` log-sum-exp of the logits, after scale and cap.
+        entropy: ``(...)`` entropy of the distribution, in nats.
+        predictions: ``(...)`` int64, the most likely class, the first of equals; any class where a
+            logit is NaN.
+        num_items: How many positions are not ignored, an int64 scalar on the device.
+    """
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor
+    predictions: Tensor
+    num_items: Tensor
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
+    weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy between logits and class indices, without storing probabilities.
 
     Agrees with :func:`torch.nn.functional.cross_entropy`, except that classes are in the last
     dimension and that the loss is float32 for low-precision logits.  Reads the logits once going
-    forward (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3) and leaves
-    them unchanged.  The triton backend never copies them, whatever their strides; the torch backend
-    does where leading dimensions do not merge into one.
+    forward, statistics included (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867,
+    algorithm 3), and leaves them unchanged.  The triton backend never copies them, whatever their
+    strides; the torch backend does where leading dimensions do not merge into one.
 
     Args:
         input: Logits ``(..., V)``; float32, bfloat16, float16 or float64.
         target: Class indices ``(...)`` in ``[0, V)`` or equal to ``ignore_index``; any integer
             dtype but uint64.
+        weight: ``(V,)``, any float dtype, without gradient: the factor of the loss of each class.
         ignore_index: Positions with this target have loss 0 and gradient 0.
-        reduction: ``"mean"`` over positions that are not ignored, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over positions that are not ignored, each counting as much as the
+            weight of its target; ``"sum"`` or ``"none"``.
+        label_smoothing: From 0 to 1, the part of the loss that is its mean over all classes
+            (Szegedy et al., 2015, https://arxiv.org/abs/1512.00567).
+        softcap: Positive c: logits become ``c tanh(logits / c)``, after scaling (Gemma 2, 2024,
+            https://arxiv.org/abs/2408.00118).
+        logit_scale: Factor of the logits.
+        z_loss: Adds ``z_loss * lse**2`` at each position that is not ignored, whatever the class
+            weights; with ``"mean"``, averaged over those positions (PaLM, 2022,
+            https://arxiv.org/abs/2204.02311).
+        return_stats: Also return :class:`LossStats`.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A scalar, or ``(...)`` with ``reduction="none"``; float32, float64 for float64 logits.  The
-        mean of no positions is NaN with zero gradient, as in torch.
+        mean of no positions is NaN with zero gradient, as in torch.  With ``return_stats`` a pair
+        of this and the statistics.
 
     Raises:
-        ValueError: Shapes or devices do not match, or a name is not known.
+        ValueError: Shapes or devices do not match, a number is out of range, or a name is not
+            known.
         TypeError: A dtype is not one of those above.
         IndexError: A target is out of range and the torch or reference backend runs on CPU.  In a
             kernel the loss and the gradient of that row become NaN instead, and nothing else.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
-    check_loss_arguments("cross_entropy", "input", input, target, reduction)
-    check_that("cross_entropy", "input", input.shape[-1] > 0, "have at least one class", "V = 0")
+    op = "cross_entropy"
+    check_loss_arguments(op, "input", input, target, reduction)
+    vocab_size = input.shape[-1]
+    check_that(op, "input", vocab_size > 0, "have at least one class", "V = 0")
+    check_loss_options(op, input, vocab_size, weight, label_smoothing, softcap, z_loss)
     target = target.long()
-    losses = _losses(input, target, ignore_index, backend)
-    return reduce_losses(losses, target, ignore_index, reduction)
+    if weight is not None:
+        weight = weight.to(torch.promote_types(input.dtype, torch.float32))
+    need_lse = return_stats or z_loss != 0.0
+    options = (weight, ignore_index, label_smoothing, softcap, logit_scale, return_stats)
+    if torch.is_grad_enabled() and input.requires_grad:
+        losses, lse, *stats = _CrossEntropy.apply(input, target, *options, need_lse, backend)
+    else:
+        losses, maximum, log_sum, *stats = _forward(input, target, *options, backend)
+        lse = _lse(maximum, log_sum, target, ignore_index) if need_lse else None
+    sums = LossSums(target, weight, ignore_index, vocab_size)
+    loss = sums.reduce(losses, lse, reduction, z_loss)
+    if not return_stats:
+        return loss
+    logprobs, entropy, predictions = stats
+    return loss, LossStats(logprobs, lse, entropy, predictions, sums.count())
 
 
 def check_loss_arguments(op: str, name: str, input: Tensor, target: Tensor, reduction: str) -> None:
@@ -81,50 +137,157 @@ def check_loss_arguments(op: str, name: str, input: Tensor, target: Tensor, redu
     check_choice(op, "reduction", reduction, REDUCTIONS)
 
 
-def reduce_losses(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (target != ignore_index).sum()
+def check_loss_options(
+    op: str,
+    input: Tensor,
+    vocab_size: int,
+    weight: Tensor | None,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+) -> None:
+    """The checks of what every loss can be told."""
+    if weight is not None:
+        check_tensor(op, "weight", weight)
+        check_dtype(op, "weight", weight)
+        check_shape(op, "weight", weight, (vocab_size,), "to match the classes")
+        check_same_device(op, "weight", weight, "input", input)
+        needs = torch.is_grad_enabled() and weight.requires_grad
+        check_that(op, "weight", not needs, "not require a gradient", "one that does")
+    fits = 0.0 <= label_smoothing <= 1.0
+    check_that(op, "label_smoothing", fits, "be in [0, 1]", label_smoothing)
+    if softcap is not None:
+        check_that(op, "softcap", 0.0 < softcap < math.inf, "be positive, or None", softcap)
+    check_that(op, "z_loss", 0.0 <= z_loss < math.inf, "be at least 0", z_loss)
 
 
-def _losses(input: Tensor, target: Tensor, ignore_index: int, backend: str) -> Tensor:
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _CrossEntropy.apply(input, target, ignore_index, backend)
-    return _forward(input, target, ignore_index, backend)[0]
+class LossSums:
+    """Reductions of per-position losses; what divides them is counted on the device."""
+
+    def __init__(
+        self,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        vocab_size: int,
+        num_items: int | Tensor | None = None,
+    ) -> None:
+        self._target, self._weight = target, weight
+        self._ignore_index, self._vocab_size = ignore_index, vocab_size
+        self._num_items = num_items
+
+    def count(self) -> Tensor:
+        """How many positions are not ignored."""
+        return (self._target != self._ignore_index).sum()
+
+    def divisors(self, reduction: str) -> tuple[Tensor | None, Tensor | None]:
+        """What divides the summed losses, and what the summed squares of lse."""
+        if self._num_items is not None:
+            num_items = self._num_items
+            if not isinstance(num_items, Tensor):
+                num_items = self._target.new_full((), num_items)
+            return num_items, num_items
+        if reduction != "mean":
+            return None, None
+        count = self.count()
+        if self._weight is None:
+            return count, count
+        ignored, invalid, safe = classify(self._target, self._vocab_size, self._ignore_index)
+        return self._weight[safe].masked_fill(ignored | invalid, 0.0).sum(), count
+
+    def reduce(self, losses: Tensor, lse: Tensor | None, reduction: str, z_loss: float) -> Tensor:
+        squares = None if z_loss == 0.0 or lse is None else z_loss * lse.square()
+        if reduction == "none":
+            return losses if squares is None else losses + squares
+        divisor, squares_divisor = self.divisors(reduction)
+        total = losses.sum() if divisor is None else losses.sum() / divisor
+        if squares is None:
+            return total
+        squares = squares.sum()
+        return total + (squares if squares_divisor is None else squares / squares_divisor)
+
+
+def _lse(maximum: Tensor, log_sum: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    return (maximum + log_sum).masked_fill(target == ignore_index, 0.0)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, ignore_index: int, backend: str) -> Tensor:
-        losses, maximum, log_sum = _forward(input, target, ignore_index, backend)
-        ctx.save_for_backward(input, target, maximum, log_sum)
-        ctx.ignore_index, ctx.backend = ignore_index, backend
-        return losses
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float | None,
+        logit_scale: float,
+        need_stats: bool,
+        need_lse: bool,
+        backend: str,
+    ) -> tuple[Tensor | None, ...]:
+        options = (ignore_index, label_smoothing, softcap, logit_scale)
+        losses, maximum, log_sum, logprobs, entropy, predictions = _forward(
+            input, target, weight, *options, need_stats, backend
+        )
+        ctx.save_for_backward(input, target, weight, maximum, log_sum, entropy)
+        ctx.options, ctx.backend = options, backend
+        ctx.mark_non_differentiable(predictions)
+        ctx.set_materialize_grads(False)
+        lse = _lse(maximum, log_sum, target, ignore_index) if need_lse else None
+        return losses, lse, logprobs, entropy, predictions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None, None, None]:
-        dinput = _backward(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.backend)
-        return dinput, None, None, None
+    def backward(
+        ctx: Any,
+        dlosses: Tensor | None,
+        dlse: Tensor | None,
+        dlogprobs: Tensor | None,
+        dentropy: Tensor | None,
+        dpredictions: None,
+    ) -> tuple[Tensor | None, ...]:
+        upstream = (dlosses, dlogprobs, dlse, dentropy)
+        dinput = None
+        if any(x is not None for x in upstream):
+            dinput = _backward(*upstream, *ctx.saved_tensors, *ctx.options, ctx.backend)
+        return dinput, *[None] * 9
 
 
 def _forward_fake(
-    input: Tensor, target: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(input.dtype, torch.float32)
     losses = input.new_empty(target.shape, dtype=dtype)
-    return losses, torch.empty_like(losses), torch.empty_like(losses)
+    logprobs = input.new_empty(target.shape if need_stats else 0, dtype=dtype)
+    return (
+        losses, torch.empty_like(losses), torch.empty_like(losses),
+        logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.int64),
+    )  # fmt: skip
 
 
 def _backward_fake(
-    dlosses: Tensor,
+    dlosses: Tensor | None,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     input: Tensor,
     target: Tensor,
+    weight: Tensor | None,
     maximum: Tensor,
     log_sum: Tensor,
+    entropy: Tensor,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
 ) -> Tensor:
     return input.new_empty(input.shape)
 

@@ -18,7 +18,12 @@ from fastlm.ops._checks import (
     check_that,
 )
 from fastlm.ops._define import define_op
-from fastlm.ops.cross_entropy import check_loss_arguments
+from fastlm.ops.cross_entropy import (
+    LossStats,
+    LossSums,
+    check_loss_arguments,
+    check_loss_options,
+)
 
 _OP = "linear_cross_entropy"
 BACKENDS = {
@@ -34,22 +39,29 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
     shift: int = 0,
     num_items: int | Tensor | None = None,
+    return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor:
-    """Cross-entropy between ``input @ linear_weight.T + linear_bias`` and class indices.
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Cross-entropy between the logits of a linear layer and class indices.
 
-    Agrees with :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`,
-    except that classes are in the last dimension and that the loss is float32 for low-precision
-    inputs.  The ``(N, V)`` logits of the N positions are never held: chunks of rows are, in
-    float32, and with ``"mean"`` and ``"sum"`` the forward pass turns each into its share of the
-    gradients, summed in float32 (Hsu et al., 2024, https://arxiv.org/abs/2410.10989).  With
-    ``"none"`` the backward pass computes the logits again.  Under autocast the inputs are cast as
-    in ``F.linear``, and the gradients come in the dtype of the parameters, not rounded to the
-    lower one.
+    The logits, ``input @ linear_weight.T + linear_bias``, then scaled and capped, are never held
+    together, ``(N, V)`` for N positions: chunks of rows are, in float32, and with ``"mean"`` and
+    ``"sum"`` the forward pass turns each into its share of the gradients, summed in float32 (Hsu et
+    al., 2024, https://arxiv.org/abs/2410.10989).  With ``"none"``, or where the statistics have a
+    gradient, the backward pass computes the logits again.  Agrees with
+    :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`, except that
+    classes are in the last dimension and that the loss is float32 for low-precision inputs.  Under
+    autocast the inputs are cast as in ``F.linear``, and the gradients come in the dtype of the
+    parameters, not rounded to the lower one.
 
     Args:
         input: ``(..., C)``; float32, bfloat16, float16 or float64.  Leading dimensions that do not
@@ -58,49 +70,75 @@ def linear_cross_entropy(
         target: Class indices ``(...)`` in ``[0, V)`` or equal to ``ignore_index``; an integer
             dtype.
         linear_bias: ``(V,)`` in the dtype of ``input``.
-        reduction: ``"mean"`` over positions that are not ignored, ``"sum"`` or ``"none"``.
+        weight: ``(V,)``, any float dtype, without gradient: the factor of the loss of each class.
+        reduction: ``"mean"`` over positions that are not ignored, each counting as much as the
+            weight of its target; ``"sum"`` or ``"none"``.
         ignore_index: Positions with this target have loss 0 and gradient 0.
+        label_smoothing: From 0 to 1, as in :func:`cross_entropy`.
+        softcap: Positive, as in :func:`cross_entropy`.
+        logit_scale: Factor of the logits, bias included.
+        z_loss: Adds ``z_loss * lse**2``, as in :func:`cross_entropy`.
         shift: The target of position t is ``target[..., t + shift]``: 1 predicts the next token.
             The last ``shift`` positions predict nothing; they count as ignored, and with ``"none"``
             they are left out of the result.
         num_items: Divide the summed loss by this and not by the number of positions, as gradient
             accumulation over batches of different lengths needs; a positive int, or a tensor of
             one element, where 0 divides by 1.
+        return_stats: Also return :class:`LossStats`, of all positions, whatever ``shift``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A scalar, or ``(...)`` with ``reduction="none"``; float32, float64 for float64 inputs.  The
         mean of no positions is NaN with zero gradient, as in torch; with ``num_items`` it is 0.
+        With ``return_stats`` a pair of this and the statistics.
 
     Raises:
-        ValueError: Shapes or devices do not match, a name is not known, or ``num_items`` is given
-            together with ``reduction="none"``.
+        ValueError: Shapes or devices do not match, a number is out of range, a name is not known,
+            or ``num_items`` is given together with ``reduction="none"``.
         TypeError: A dtype is not one of those above, or dtypes differ outside autocast.
         IndexError: A target is out of range and the torch or reference backend runs on CPU.  In a
             kernel the loss of that row becomes NaN instead, and with it the gradients it enters.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
     dtype = _check(input, linear_weight, target, linear_bias, reduction)
+    vocab_size = linear_weight.shape[0]
+    check_loss_options(_OP, input, vocab_size, weight, label_smoothing, softcap, z_loss)
+    if num_items is not None:
+        num_items = _check_num_items(num_items, reduction)
     target = target.long()
     if shift != 0:
         steps = target.shape[-1] if target.dim() > 0 else 0
         if not 0 <= shift <= steps:  # written out only then: a traced length stays symbolic
             check_that(_OP, "shift", False, f"be in [0, {steps}]", shift)
         target = F.pad(target[..., shift:], (0, shift), value=ignore_index)
+    if weight is not None:
+        weight = weight.detach().to(torch.promote_types(dtype, torch.float32))
 
-    divisor, safe_divisor = _divisors(num_items, target, reduction, ignore_index)
-    differentiable = (
-        (input, linear_weight) if linear_bias is None else (input, linear_weight, linear_bias)
+    sums = LossSums(target, weight, ignore_index, vocab_size, num_items)
+    params = (input, linear_weight, linear_bias)
+    options = (ignore_index, label_smoothing, softcap, logit_scale, return_stats)
+    needs_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in params
     )
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
-        cast = _cast(dtype, input, linear_weight, linear_bias)
-        losses, _ = _forward(*cast, target, ignore_index, backend)
-        return _reduced(losses, reduction, divisor, shift)
-    options = (target, dtype, ignore_index, backend)
-    if reduction == "none":
-        losses = _PerPosition.apply(input, linear_weight, linear_bias, *options)
-        return _reduced(losses, reduction, divisor, shift)
-    return _Reduced.apply(input, linear_weight, linear_bias, *options, divisor, safe_divisor)
+    if needs_gradient and reduction != "none":
+        loss, lse, *stats = _Reduced.apply(
+            *params, target, weight, *options, z_loss, *sums.divisors(reduction), dtype, backend
+        )
+    else:
+        if needs_gradient:
+            losses, lse, *stats = _PerPosition.apply(
+                *params, target, weight, *options, dtype, backend
+            )
+        else:
+            cast = _cast(dtype, *params)
+            losses, lse, *stats = _forward(*cast, target, weight, *options, backend)
+        loss = sums.reduce(losses, lse, reduction, z_loss)
+    if reduction == "none" and shift:
+        loss = loss[..., : loss.shape[-1] - shift]
+    if not return_stats:
+        return loss
+    logprobs, entropy, predictions = stats
+    return loss, LossStats(logprobs, lse, entropy, predictions, sums.count())
 
 
 def _check(
@@ -136,34 +174,16 @@ def _dtype_under_autocast(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type)
 
 
-def _divisors(
-    num_items: int | Tensor | None, target: Tensor, reduction: str, ignore_index: int
-) -> tuple[int | Tensor | None, int | Tensor | None]:
-    """What divides the summed loss, and what its gradients: those of no positions are zero."""
-    if num_items is None:
-        if reduction != "mean":
-            return None, None
-        count = (target != ignore_index).sum()
-        return count, count.clamp(min=1)
+def _check_num_items(num_items: int | Tensor, reduction: str) -> int | Tensor:
     check_that(_OP, "num_items", reduction != "none", 'be None with reduction="none"', num_items)
     if isinstance(num_items, Tensor):
         shape = tuple(num_items.shape)
         check_that(_OP, "num_items", num_items.numel() == 1, "have one element", f"shape {shape}")
         # a batch of no items has a loss of 0, which anything but 0 divides
         num_items = num_items.detach().reshape(())
-        num_items = torch.where(num_items > 0, num_items, 1)
-    else:
-        check_that(_OP, "num_items", num_items > 0, "be positive", num_items)
-    return num_items, num_items
-
-
-def _reduced(losses: Tensor, reduction: str, divisor: int | Tensor | None, shift: int) -> Tensor:
-    if reduction == "none":
-        return losses[..., : losses.shape[-1] - shift] if shift else losses
-    total = losses.sum()
-    if isinstance(divisor, Tensor):
-        divisor = divisor.to(total.dtype)
-    return total if divisor is None else total / divisor
+        return torch.where(num_items > 0, num_items, 1)
+    check_that(_OP, "num_items", num_items > 0, "be positive", num_items)
+    return num_items
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -171,7 +191,10 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 class _Reduced(torch.autograd.Function):
-    """The gradients of the summed loss are computed beside it; backward scales them."""
+    """The gradients of the summed loss are computed beside it; backward scales them.
+
+    Only where a statistic has a gradient too, everything is computed again.
+    """
 
     @staticmethod
     def forward(
@@ -180,40 +203,89 @@ class _Reduced(torch.autograd.Function):
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
-        dtype: torch.dtype,
+        weight: Tensor | None,
         ignore_index: int,
+        label_smoothing: float,
+        softcap: float | None,
+        logit_scale: float,
+        need_stats: bool,
+        z_loss: float,
+        divisor: Tensor | None,
+        squares_divisor: Tensor | None,
+        dtype: torch.dtype,
         backend: str,
-        divisor: int | Tensor | None,
-        safe_divisor: int | Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         params = (input, linear_weight, linear_bias)
-        losses, *gradients = _gradients(
-            *_cast(dtype, *params), target, ignore_index, *ctx.needs_input_grad[:3], backend
-        )
+        options = (ignore_index, label_smoothing, softcap, logit_scale)
+        z_weight = None
+        if z_loss != 0.0:
+            z_weight = input.new_full((), z_loss, dtype=torch.promote_types(dtype, torch.float32))
+            z_weight = _over(z_weight, _safe(squares_divisor))
+            z_weight = z_weight if divisor is None else z_weight * _safe(divisor)
+        losses, lse, logprobs, entropy, predictions, *gradients = _gradients(
+            *_cast(dtype, *params), target, weight, z_weight, *options, need_stats,
+            *ctx.needs_input_grad[:3], backend,
+        )  # fmt: skip
+        again = (*params, target, weight, lse, entropy) if need_stats else ()
+        ctx.save_for_backward(*gradients, divisor, squares_divisor, *again)
+        ctx.options, ctx.z_loss, ctx.dtype, ctx.backend = options, z_loss, dtype, backend
         ctx.dtypes = [None if x is None else x.dtype for x in params]
-        by_tensor = isinstance(safe_divisor, Tensor)
-        ctx.divisor = None if by_tensor else safe_divisor
-        ctx.save_for_backward(*gradients, safe_divisor if by_tensor else None)
-        return _reduced(losses, "sum", divisor, 0)
+        ctx.mark_non_differentiable(predictions)
+        ctx.set_materialize_grads(False)
+        total = _over(losses.sum(), divisor)
+        if z_loss != 0.0:
+            total = total + z_loss * _over(lse.square().sum(), squares_divisor)
+        return total, lse, logprobs, entropy, predictions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, divisor = ctx.saved_tensors
-        divisor = ctx.divisor if divisor is None else divisor
-        scale = dloss if divisor is None else dloss / divisor
-        # They are as large as the parameters, so they are scaled where they are, unless the graph
-        # was kept for another backward pass.
-        kept = torch.compiler.is_compiling() or _graph_is_kept()
+    def backward(
+        ctx: Any,
+        dloss: Tensor | None,
+        dlse: Tensor | None,
+        dlogprobs: Tensor | None,
+        dentropy: Tensor | None,
+        dpredictions: None,
+    ) -> tuple[Tensor | None, ...]:
+        dinput, dweight, dbias, divisor, squares_divisor, *again = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        gradients = [
-            (gradient * scale if kept else gradient.mul_(scale)).to(dtype) if needed else None
+        if dlse is not None or dlogprobs is not None or dentropy is not None:
+            *params, target, weight, lse, entropy = again
+            dlosses = None
+            if dloss is not None:
+                dlosses = _over(dloss, _safe(divisor)).expand(lse.shape)
+                of_squares = 2 * ctx.z_loss * _over(dloss, _safe(squares_divisor)) * lse
+                dlse = of_squares if dlse is None else dlse + of_squares
+            gradients = _backward(
+                dlosses, dlogprobs, dlse, dentropy, *_cast(ctx.dtype, *params),
+                target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
+            )  # fmt: skip
+        elif dloss is not None:
+            scale = _over(dloss, _safe(divisor))
+            # They are as large as the parameters, so they are scaled where they are, unless the
+            # graph was kept for another backward pass.
+            kept = torch.compiler.is_compiling() or _graph_is_kept()
+            gradients = (x * scale if kept else x.mul_(scale) for x in (dinput, dweight, dbias))
+        else:
+            gradients = (None, None, None)
+            needs = (False, False, False)
+        wanted = [
+            gradient.to(dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
         ]
-        return *gradients, None, None, None, None, None, None
+        return *wanted, *[None] * 12
 
 
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def _over(x: Tensor, divisor: Tensor | None) -> Tensor:
+    return x if divisor is None else x / divisor
+
+
+def _safe(divisor: Tensor | None) -> Tensor | None:
+    """The gradient of a mean over nothing is zero."""
+    return None if divisor is None else divisor.masked_fill(divisor == 0, 1)
 
 
 class _PerPosition(torch.autograd.Function):
@@ -226,29 +298,47 @@ class _PerPosition(torch.autograd.Function):
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
-        dtype: torch.dtype,
+        weight: Tensor | None,
         ignore_index: int,
+        label_smoothing: float,
+        softcap: float | None,
+        logit_scale: float,
+        need_stats: bool,
+        dtype: torch.dtype,
         backend: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         params = (input, linear_weight, linear_bias)
-        losses, lse = _forward(*_cast(dtype, *params), target, ignore_index, backend)
-        ctx.save_for_backward(*params, target, lse)
-        ctx.dtype, ctx.ignore_index, ctx.backend = dtype, ignore_index, backend
-        return losses
+        options = (ignore_index, label_smoothing, softcap, logit_scale)
+        losses, lse, logprobs, entropy, predictions = _forward(
+            *_cast(dtype, *params), target, weight, *options, need_stats, backend
+        )
+        ctx.save_for_backward(*params, target, weight, lse, entropy)
+        ctx.options, ctx.dtype, ctx.backend = options, dtype, backend
+        ctx.mark_non_differentiable(predictions)
+        ctx.set_materialize_grads(False)
+        return losses, lse, logprobs, entropy, predictions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        *params, target, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any,
+        dlosses: Tensor | None,
+        dlse: Tensor | None,
+        dlogprobs: Tensor | None,
+        dentropy: Tensor | None,
+        dpredictions: None,
+    ) -> tuple[Tensor | None, ...]:
+        *params, target, weight, lse, entropy = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = _backward(
-            dlosses, *_cast(ctx.dtype, *params), target, lse, ctx.ignore_index, *needs, ctx.backend
-        )
+            dlosses, dlogprobs, dlse, dentropy, *_cast(ctx.dtype, *params),
+            target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
+        )  # fmt: skip
         gradients = [
             gradient.to(param.dtype) if needed else None
             for gradient, param, needed in zip(gradients, params, needs, strict=True)
         ]
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 9
 
 
 def _forward_fake(
@@ -256,10 +346,17 @@ def _forward_fake(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     losses = input.new_empty(target.shape, dtype=torch.promote_types(input.dtype, torch.float32))
-    return losses, torch.empty_like(losses)
+    logprobs = losses.new_empty(target.shape if need_stats else 0)
+    predictions = torch.empty_like(logprobs, dtype=torch.int64)
+    return losses, torch.empty_like(losses), logprobs, torch.empty_like(logprobs), predictions
 
 
 def _gradients_fake(
@@ -267,26 +364,42 @@ def _gradients_fake(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
+    z_weight: Tensor | None,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses, lse = _forward_fake(input, linear_weight, linear_bias, target, ignore_index)
-    return losses, *_backward_fake(
-        losses, input, linear_weight, linear_bias, target, lse, ignore_index,
-        need_input, need_weight, need_bias,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = (ignore_index, label_smoothing, softcap, logit_scale)
+    known = _forward_fake(input, linear_weight, linear_bias, target, weight, *options, need_stats)
+    losses, lse, _, entropy, _ = known
+    return *known, *_backward_fake(
+        losses, None, None, None, input, linear_weight, linear_bias, target, weight, lse, entropy,
+        *options, need_input, need_weight, need_bias,
     )  # fmt: skip
 
 
 def _backward_fake(
-    dlosses: Tensor,
+    dlosses: Tensor | None,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     lse: Tensor,
+    entropy: Tensor,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,

@@ -1,9 +1,14 @@
 """Cross-entropy of a chunk of logits, and their gradient in place of them.
 
-    x       = logits + bias                                in ACC
+    u       = logit_scale (logits + bias)
+    x       = u, or softcap tanh(u / softcap)              in ACC
     lse     = log sum_v exp(x[v])
-    loss    = lse - x[target]
-    dlogits = (exp(x - lse) - [v == target]) weight        written over the logits
+    logprob = x[target] - lse
+    entropy = lse - sum_v p[v] x[v]                        p = exp(x - lse)
+    loss    = -(1 - s) w[target] logprob + s / V sum_v w[v] (lse - x[v])
+
+w are class weights and s is the label smoothing.  The gradient, in ``_losses.py``, is written over
+the logits: of the sum over rows of loss + z_weight lse**2, or of what comes in.
 
 Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3, with one running
 maximum and sum per lane; and the gradient beside the loss, as in Hsu et al., 2024,
@@ -12,72 +17,47 @@ https://arxiv.org/abs/2410.10989.  One program per row, but for the bias.
 dlogits may be narrower than the logits it overwrites.  Rows keep their place, so element v then
 lies in the bytes of logits v / 2: never ahead of what has been read.
 
-A row with an ignored target has loss, lse and gradient zero; one with a target out of range, NaN.
+A row with an ignored target has loss, statistics and gradient zero; one with a target out of range,
+NaN, but for its lse and entropy.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_logits(
-    logits_ptr, bias_ptr, cols, mask, HAS_BIAS: tl.constexpr, ACC: tl.constexpr
-):  # -> (..., BLOCK_V) ACC, -inf outside
-    x = tl.load(logits_ptr + cols, mask=mask, other=float("-inf")).to(ACC)
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(ACC)
-    return x
-
-
-@triton.jit
-def _pivot(x):
-    # exp(-inf - -inf) is NaN; where all is -inf the sum is zero
-    return tl.where(x == float("-inf"), 0.0, x)
-
-
-@triton.jit
-def _row_lse(
-    logits_ptr,  # one row
-    bias_ptr,
-    vocab_size,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    running_max = tl.full((BLOCK_V,), float("-inf"), ACC)
-    running_sum = tl.zeros((BLOCK_V,), ACC)
-    for start in range(0, vocab_size, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        x = _load_logits(logits_ptr, bias_ptr, cols, cols < vocab_size, HAS_BIAS, ACC)
-        new_max = tl.maximum(running_max, x)
-        pivot = _pivot(new_max)
-        running_sum = running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)
-        running_max = new_max
-    pivot = _pivot(tl.max(running_max, 0))
-    return pivot + tl.log(tl.sum(running_sum * tl.exp(running_max - pivot), 0))
-
-
-@triton.jit
-def _target_logit(
-    logits_ptr, bias_ptr, target, ignored, vocab_size, HAS_BIAS: tl.constexpr, ACC: tl.constexpr
-):  # NaN for a target out of range
-    valid = (target >= 0) & (target < vocab_size) & (ignored == 0)
-    x = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(ACC)
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + target, mask=valid, other=0.0).to(ACC)
-    return x
+from .._losses import (
+    gradient,
+    load_block,
+    load_target,
+    loss_factors,
+    smoothed_loss,
+    sums_of_block,
+    sums_of_row,
+    transform,
+)
 
 
 @triton.jit
 def loss_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     bias_ptr,  # (vocab_size,), read if HAS_BIAS
+    weight_ptr,  # (vocab_size,) ACC, read if HAS_WEIGHT
+    weight_sum_ptr,  # (1,) ACC, read if HAS_WEIGHT and SMOOTHED
     targets_ptr,  # (rows,) int64
     losses_ptr,  # (rows,) ACC
     lse_ptr,  # (rows,) ACC
+    logprobs_ptr,  # (rows,) ACC, written if NEED_STATS, as the next two
+    entropy_ptr,  # (rows,) ACC
+    predictions_ptr,  # (rows,) int64
     vocab_size,
     ignore_index,
+    label_smoothing: tl.float64,
+    softcap: tl.float64,
+    logit_scale: tl.float64,
     HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    NEED_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -85,11 +65,46 @@ def loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocab_size
     target = tl.load(targets_ptr + row)
-    ignored = target == ignore_index
-    lse = _row_lse(logits_ptr, bias_ptr, vocab_size, HAS_BIAS, BLOCK_V, ACC)
-    x_target = _target_logit(logits_ptr, bias_ptr, target, ignored, vocab_size, HAS_BIAS, ACC)
-    tl.store(losses_ptr + row, tl.where(ignored, 0.0, lse - x_target))
+    x_target, w_target = load_target(
+        logits_ptr, bias_ptr, weight_ptr, 1, target, ignore_index, vocab_size,
+        logit_scale, softcap, HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, ACC,
+    )  # fmt: skip
+    # what x is taken relative to in a sum over the row: the loss is a difference to x[target]
+    origin = tl.where(x_target == float("-inf"), 0.0, x_target)
+    maximum, total, mean, first, weighted = sums_of_row(
+        logits_ptr, bias_ptr, weight_ptr, 1, origin, vocab_size, logit_scale, softcap,
+        HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHED, NEED_STATS, BLOCK_V, ACC,
+    )  # fmt: skip
+    _store_row(
+        row, target == ignore_index, x_target, origin, w_target,
+        maximum, total, mean, first, weighted,
+        losses_ptr, lse_ptr, logprobs_ptr, entropy_ptr, predictions_ptr, weight_sum_ptr,
+        vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, NEED_STATS, ACC,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_row(
+    row, ignored, x_target, origin, w_target, maximum, total, mean, first, weighted,
+    losses_ptr, lse_ptr, logprobs_ptr, entropy_ptr, predictions_ptr, weight_sum_ptr,
+    vocab_size, label_smoothing,
+    HAS_WEIGHT: tl.constexpr, SMOOTHED: tl.constexpr, NEED_STATS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store what is known of a row, and return its lse and entropy."""
+    log_sum = tl.log(total)
+    lse = maximum + log_sum
+    loss = smoothed_loss(
+        lse - x_target, lse - origin, w_target, weighted, weight_sum_ptr,
+        vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC,
+    )  # fmt: skip
+    entropy = log_sum - mean
+    tl.store(losses_ptr + row, tl.where(ignored, 0.0, loss))
     tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
+    if NEED_STATS:
+        tl.store(logprobs_ptr + row, tl.where(ignored, 0.0, x_target - lse))
+        tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy))
+        tl.store(predictions_ptr + row, tl.where(ignored, -1, first))
+    return lse, entropy
 
 
 @triton.jit
@@ -97,18 +112,37 @@ def gradient_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     dlogits_ptr,  # (rows, vocab_size), the same memory, perhaps a narrower dtype
     bias_ptr,  # (vocab_size,), read if HAS_BIAS
+    weight_ptr,  # (vocab_size,) ACC, read if HAS_WEIGHT
+    weight_sum_ptr,  # (1,) ACC, read if HAS_WEIGHT and SMOOTHED
     targets_ptr,  # (rows,) int64
-    weights_ptr,  # (rows,) ACC, read if HAS_WEIGHTS
+    dlosses_ptr,  # (rows,) ACC, read if HAS_DLOSSES, else 1
+    dlogprobs_ptr,  # (rows,) ACC, read if HAS_DSTATS, as the next
+    dlse_ptr,  # (rows,) ACC
+    dentropy_ptr,  # (rows,) ACC, read if HAS_DENTROPY
+    z_weight_ptr,  # (1,) ACC, read if HAS_Z
     losses_ptr,  # (rows,) ACC, written unless LSE_IS_KNOWN
     lse_ptr,  # (rows,) ACC, read if LSE_IS_KNOWN, else written
+    logprobs_ptr,  # (rows,) ACC, written if NEED_STATS, as the next two
+    entropy_ptr,  # (rows,) ACC, read if HAS_DENTROPY
+    predictions_ptr,  # (rows,) int64
     residuals_ptr,  # (rows,) ACC: what the cast of dlogits took from its target element
     stride_dlogits,
     vocab_size,
     ignore_index,
+    label_smoothing: tl.float64,
+    softcap: tl.float64,
+    logit_scale: tl.float64,
     SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    HAS_DLOSSES: tl.constexpr,
+    HAS_DSTATS: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
+    HAS_Z: tl.constexpr,
     LSE_IS_KNOWN: tl.constexpr,
+    NEED_STATS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
@@ -119,56 +153,114 @@ def gradient_kernel(
     target = tl.load(targets_ptr + row)
     ignored = target == ignore_index
     # before any element of the row is overwritten
-    x_target = _target_logit(logits_ptr, bias_ptr, target, ignored, vocab_size, HAS_BIAS, ACC)
-
+    x_target, w_target = load_target(
+        logits_ptr, bias_ptr, weight_ptr, 1, target, ignore_index, vocab_size,
+        logit_scale, softcap, HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, ACC,
+    )  # fmt: skip
     lanes = tl.arange(0, BLOCK_V)
     x = tl.zeros((BLOCK_V,), ACC)
     if ONE_BLOCK:
-        x = _load_logits(logits_ptr, bias_ptr, lanes, lanes < vocab_size, HAS_BIAS, ACC)
+        x = load_block(
+            logits_ptr, bias_ptr, 1, lanes, vocab_size, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, ACC,
+        )  # fmt: skip
+    entropy = tl.zeros((), ACC)
     if LSE_IS_KNOWN:
         lse = tl.load(lse_ptr + row)
+        if HAS_DENTROPY:
+            entropy = tl.load(entropy_ptr + row)
     else:
+        origin = tl.where(x_target == float("-inf"), 0.0, x_target)
         if ONE_BLOCK:
-            pivot = _pivot(tl.max(x, 0))
-            lse = pivot + tl.log(tl.sum(tl.exp(x - pivot), 0))
+            maximum, total, mean, first, weighted = sums_of_block(
+                x, weight_ptr, origin, lanes, vocab_size, HAS_WEIGHT, SMOOTHED, NEED_STATS
+            )
         else:
-            lse = _row_lse(logits_ptr, bias_ptr, vocab_size, HAS_BIAS, BLOCK_V, ACC)
-        tl.store(losses_ptr + row, tl.where(ignored, 0.0, lse - x_target))
-        tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
+            maximum, total, mean, first, weighted = sums_of_row(
+                logits_ptr, bias_ptr, weight_ptr, 1, origin, vocab_size, logit_scale, softcap,
+                HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHED, NEED_STATS, BLOCK_V, ACC,
+            )  # fmt: skip
+        lse, entropy = _store_row(
+            row, ignored, x_target, origin, w_target, maximum, total, mean, first, weighted,
+            losses_ptr, lse_ptr, logprobs_ptr, entropy_ptr, predictions_ptr, weight_sum_ptr,
+            vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, NEED_STATS, ACC,
+        )  # fmt: skip
 
-    weight = tl.full((), SCALE, ACC)
-    if HAS_WEIGHTS:
-        weight *= tl.load(weights_ptr + row)
-    # (p - 1) before the weight: the other order loses p when the target is nearly certain.
-    # One value for the store and for the residual, so that they agree to the last bit.
-    dx_target = tl.where(ignored, 0.0, (tl.exp(x_target - lse) - 1.0) * weight)
+    dloss, dentropy = tl.full((), 1.0, ACC), tl.zeros((), ACC)
+    if HAS_DLOSSES:
+        dloss = tl.load(dlosses_ptr + row)
+    of_target, of_all, of_weight = loss_factors(
+        dloss, w_target, weight_sum_ptr, vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC
+    )
+    if HAS_DSTATS:
+        of_target -= tl.load(dlogprobs_ptr + row)
+        of_all += tl.load(dlse_ptr + row)
+    if HAS_DENTROPY:
+        dentropy = tl.load(dentropy_ptr + row)
+    if HAS_Z:
+        of_all += 2.0 * tl.load(z_weight_ptr) * lse
+    # one value for the store and for the residual, so that they agree to the last bit
+    scale = tl.full((), logit_scale, ACC) * SCALE
+    dx_target = gradient(
+        x_target, x_target - lse, True, w_target, of_target, of_all, of_weight,
+        entropy, dentropy, scale, softcap,
+        HAS_SOFTCAP, SMOOTHED, HAS_DSTATS or HAS_Z, HAS_DENTROPY, ACC,
+    )  # fmt: skip
+    dx_target = tl.where(ignored, 0.0, dx_target)
     stored = dx_target.to(dlogits_ptr.dtype.element_ty).to(ACC)
     tl.store(residuals_ptr + row, dx_target - stored)
-    # NaN in x_target marks a target out of range: the whole row becomes NaN
-    weight = tl.where(x_target != x_target, x_target, weight)
     for start in range(0, vocab_size, BLOCK_V):
         cols = start + lanes
+        in_row = cols < vocab_size
         if not ONE_BLOCK:
-            x = _load_logits(logits_ptr, bias_ptr, cols, cols < vocab_size, HAS_BIAS, ACC)
-        dx = tl.where(ignored, 0.0, tl.exp(x - lse) * weight)
+            x = load_block(
+                logits_ptr, bias_ptr, 1, cols, vocab_size, logit_scale, softcap,
+                HAS_BIAS, HAS_SOFTCAP, ACC,
+            )  # fmt: skip
+        weight = 1.0
+        if HAS_WEIGHT and SMOOTHED:
+            weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0)
+        dx = gradient(
+            x, x - lse, False, weight, of_target, of_all, of_weight,
+            entropy, dentropy, scale, softcap,
+            HAS_SOFTCAP, SMOOTHED, HAS_DSTATS or HAS_Z, HAS_DENTROPY, ACC,
+        )  # fmt: skip
+        # NaN in x_target marks a target out of range: the whole row becomes NaN
+        dx = tl.where(ignored, 0.0, tl.where(x_target == x_target, dx, x_target))
         dx = tl.where(cols == target, dx_target, dx)
         # all warps have loaded this block before any of them overwrites it
         tl.debug_barrier()
-        tl.store(dlogits_ptr + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=cols < vocab_size)
+        tl.store(dlogits_ptr + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
 def bias_gradient_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     bias_ptr,  # (vocab_size,)
+    weight_ptr,  # (vocab_size,) ACC, read if HAS_WEIGHT
+    weight_sum_ptr,  # (1,) ACC, read if HAS_WEIGHT and SMOOTHED
     targets_ptr,  # (rows,) int64
-    weights_ptr,  # (rows,) ACC, read if HAS_WEIGHTS
+    dlosses_ptr,  # (rows,) ACC, read if HAS_DLOSSES, else 1
+    dlogprobs_ptr,  # (rows,) ACC, read if HAS_DSTATS, as the next
+    dlse_ptr,  # (rows,) ACC
+    dentropy_ptr,  # (rows,) ACC, read if HAS_DENTROPY
+    z_weight_ptr,  # (1,) ACC, read if HAS_Z
     lse_ptr,  # (rows,) ACC
+    entropy_ptr,  # (rows,) ACC, read if HAS_DENTROPY
     dbias_ptr,  # (vocab_size,) ACC, added to
     rows,
     vocab_size,
     ignore_index,
-    HAS_WEIGHTS: tl.constexpr,
+    label_smoothing: tl.float64,
+    softcap: tl.float64,
+    logit_scale: tl.float64,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    HAS_DLOSSES: tl.constexpr,
+    HAS_DSTATS: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
+    HAS_Z: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
@@ -180,24 +272,47 @@ def bias_gradient_kernel(
     cols = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = cols < vocab_size
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(ACC)
+    weight = tl.full((BLOCK_V,), 1.0, ACC)
+    if HAS_WEIGHT and SMOOTHED:
+        weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0)
     total = tl.zeros((BLOCK_R, BLOCK_V), ACC)
     for start in range(0, rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        target = tl.load(targets_ptr + row, mask=row < rows, other=0)
-        counted = (row < rows) & (target != ignore_index)
+        in_chunk = row < rows
+        target = tl.load(targets_ptr + row, mask=in_chunk, other=0)
+        counted = in_chunk & (target != ignore_index)
         valid = (target >= 0) & (target < vocab_size)
-        weight = tl.where(valid, 1.0, float("nan")).to(ACC)
-        if HAS_WEIGHTS:
-            weight *= tl.load(weights_ptr + row, mask=row < rows, other=0.0)
-        lse = tl.load(lse_ptr + row, mask=row < rows, other=0.0)
-        x = tl.load(
-            logits_ptr + row[:, None] * vocab_size + cols[None, :],
-            mask=(row < rows)[:, None] & in_row[None, :],
-            other=float("-inf"),
+        lse = tl.load(lse_ptr + row, mask=in_chunk, other=0.0)
+        dloss = tl.full((BLOCK_R,), 1.0, ACC)
+        w_target, entropy, dentropy = dloss, dloss, dloss
+        if HAS_DLOSSES:
+            dloss = tl.load(dlosses_ptr + row, mask=in_chunk, other=0.0)
+        if HAS_WEIGHT:
+            w_target = tl.load(weight_ptr + target, mask=valid & counted, other=0.0)
+        of_target, of_all, of_weight = loss_factors(
+            dloss, w_target, weight_sum_ptr, vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC
         )
-        x = x.to(ACC) + bias[None, :]
-        one_hot = tl.where(cols[None, :] == target[:, None], 1.0, 0.0)
-        dx = (tl.exp(x - lse[:, None]) - one_hot) * weight[:, None]
+        if HAS_DSTATS:
+            of_target -= tl.load(dlogprobs_ptr + row, mask=in_chunk, other=0.0)
+            of_all += tl.load(dlse_ptr + row, mask=in_chunk, other=0.0)
+        if HAS_DENTROPY:
+            entropy = tl.load(entropy_ptr + row, mask=in_chunk, other=0.0)
+            dentropy = tl.load(dentropy_ptr + row, mask=in_chunk, other=0.0)
+        if HAS_Z:
+            of_all += 2.0 * tl.load(z_weight_ptr) * lse
+        logits = tl.load(
+            logits_ptr + row[:, None] * vocab_size + cols[None, :],
+            mask=in_chunk[:, None] & in_row[None, :],
+            other=0.0,
+        )
+        x = transform(logits.to(ACC) + bias[None, :], logit_scale, softcap, HAS_SOFTCAP, ACC)
+        dx = gradient(
+            x, x - lse[:, None], cols[None, :] == target[:, None], weight[None, :],
+            of_target[:, None], of_all[:, None], of_weight[:, None],
+            entropy[:, None], dentropy[:, None], logit_scale, softcap,
+            HAS_SOFTCAP, SMOOTHED, HAS_DSTATS or HAS_Z, HAS_DENTROPY, ACC,
+        )  # fmt: skip
+        dx = tl.where(valid[:, None], dx, float("nan"))
         total += tl.where(counted[:, None], dx, 0.0)
     before = tl.load(dbias_ptr + cols, mask=in_row, other=0.0)
     tl.store(dbias_ptr + cols, before + tl.sum(total, 0), mask=in_row)

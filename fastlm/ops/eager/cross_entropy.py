@@ -1,76 +1,78 @@
-"""Cross-entropy by torch's own operators, on CPU a block of rows at a time.
-
-A block stays in the cache from its first pass to its last, so that memory is read, and in the
-backward written, once.
-"""
+"""Cross-entropy by torch's own operators."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastlm.kernels._chunks import Upstream
+from fastlm.ops.eager._losses import LossOptions, row_factors, row_losses, write_gradient
 from fastlm.ops.reference.cross_entropy import check_targets, classify
 
-# Logits worked on at once on CPU: 1 MB of float32, what one core's L2 holds.
-_CPU_BLOCK = 1 << 18
 
-
-def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     vocab_size = input.shape[-1]
     check_targets("cross_entropy", target, vocab_size, ignore_index)
     ignored, invalid, safe = classify(target, vocab_size, ignore_index)
-    logits, targets = input.reshape(-1, vocab_size), safe.reshape(-1, 1)
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    maximum, log_sum, losses = (input.new_empty(targets.shape, dtype=dtype) for _ in range(3))
-    step = _rows_at_once(logits)
-    shifted = input.new_empty((min(step, logits.shape[0]), vocab_size), dtype=dtype)
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
-        x = logits[rows].to(dtype)
-        torch.amax(x, 1, keepdim=True, out=maximum[rows])
-        z = torch.sub(x, maximum[rows], out=shifted[: x.shape[0]])
-        at_target = z.gather(1, targets[rows])
-        torch.sum(z.exp_(), 1, keepdim=True, out=log_sum[rows]).log_()
-        torch.sub(log_sum[rows], at_target, out=losses[rows])
-    maximum.masked_fill_(log_sum.isnan(), torch.nan)
-    losses, maximum, log_sum = (x.view(target.shape) for x in (losses, maximum, log_sum))
-    return losses.masked_fill_(ignored, 0.0).masked_fill_(invalid, torch.nan), maximum, log_sum
+    known = row_losses(
+        input.reshape(-1, vocab_size), _column(safe),
+        LossOptions(weight, label_smoothing, softcap, logit_scale), need_stats=need_stats,
+    )  # fmt: skip
+    known.mask(_column(ignored), _column(invalid))
+    columns = vars(known).values()
+    losses, maximum, log_sum, logprobs, entropy, predictions = (
+        x.view(target.shape) if x.numel() == target.numel() else x[:, 0] for x in columns
+    )
+    return losses, maximum, log_sum, logprobs, entropy, predictions
 
 
 def backward(
-    dlosses: Tensor,
+    dlosses: Tensor | None,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     input: Tensor,
     target: Tensor,
+    weight: Tensor | None,
     maximum: Tensor,
     log_sum: Tensor,
+    entropy: Tensor,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
 ) -> Tensor:
     vocab_size = input.shape[-1]
     ignored, invalid, safe = classify(target, vocab_size, ignore_index)
-    weights = dlosses.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan)
-    logits = input.reshape(-1, vocab_size)
-    columns = (x.reshape(-1, 1) for x in (weights, ignored, safe, maximum, log_sum))
-    weights, ignored, targets, maximum, log_sum = columns
+    dlosses = torch.zeros_like(maximum) if dlosses is None else dlosses
+    dlosses = _column(dlosses.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan))
+    stats = (None if d is None else _column(d) for d in (dlogprobs, dlse, dentropy))
+    logits, targets, options = (
+        input.reshape(-1, vocab_size),
+        _column(safe),
+        LossOptions(weight, label_smoothing, softcap, logit_scale),
+    )
+    maximum, log_sum, entropy = _column(maximum), _column(log_sum), _column(entropy)
+    factors = row_factors(
+        dlosses, Upstream(None, *stats), maximum, entropy, targets, options, vocab_size
+    )
     dinput = input.new_empty(logits.shape)
-    minus_one = torch.full_like(weights, -1.0)
-    step = _rows_at_once(logits)
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
-        wide = dinput[rows] if dinput.dtype == maximum.dtype else None
-        z = torch.sub(logits[rows].to(maximum.dtype), maximum[rows], out=wide)
-        z.sub_(log_sum[rows]).exp_()
-        # (p - 1) before the weight: the other order loses p when the target is nearly certain
-        z.scatter_add_(1, targets[rows], minus_one[rows]).mul_(weights[rows])
-        # 0 * NaN: an ignored row has gradient zero whatever its logits
-        z.masked_fill_(ignored[rows], 0.0)
-        if wide is None:
-            dinput[rows] = z
+    parts = (maximum, log_sum)
+    write_gradient(dinput, logits, parts, targets, factors, _column(ignored), options)
     return dinput.view(input.shape)
 
 
-def _rows_at_once(logits: Tensor) -> int:
-    num_rows, vocab_size = logits.shape
-    return max(1, _CPU_BLOCK // vocab_size) if logits.device.type == "cpu" else max(1, num_rows)
+def _column(x: Tensor) -> Tensor:
+    return x.reshape(-1, 1)
 
 
 def forward_refuses(*args: object) -> None:

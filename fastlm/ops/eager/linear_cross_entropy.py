@@ -8,19 +8,30 @@ out of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fastlm.kernels._chunks import (
     LinearGradients,
     Operand,
+    Upstream,
     matmul,
     rows_per_chunk,
     tensor_core_operand,
     wide_dtype,
-    within_float16,
 )
-from fastlm.ops.reference.cross_entropy import check_targets, log_sum_exp
+from fastlm.ops.eager._losses import (
+    LossOptions,
+    RowFactors,
+    RowLosses,
+    probability_gradient_,
+    row_factors,
+    row_losses,
+    write_gradient,
+)
+from fastlm.ops.reference.cross_entropy import check_targets
 
 _OP = "linear_cross_entropy"
 
@@ -28,18 +39,29 @@ _OP = "linear_cross_entropy"
 # every product, a block at a time.
 _WIDENED_ONCE = 1 << 28
 
+Known = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
 
 def forward(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    losses, lse, *_ = _run(
-        None, input, linear_weight, linear_bias, target, None, ignore_index, False, False, False
-    )
-    return losses, lse
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
+) -> Known:
+    options = LossOptions(weight, label_smoothing, softcap, logit_scale)
+    known, _ = _run(
+        Upstream(), input, linear_weight, linear_bias, target, None, None, ignore_index, options,
+        need_stats, False, False, False,
+    )  # fmt: skip
+    assert known is not None, "no lse was given"
+    return known
 
 
 def gradients(
@@ -47,74 +69,108 @@ def gradients(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
+    z_weight: Tensor | None,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses, _, dinput, dweight, dbias = _run(
-        None, input, linear_weight, linear_bias, target, None, ignore_index,
-        need_input, need_weight, need_bias,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = LossOptions(weight, label_smoothing, softcap, logit_scale)
+    known, gradients = _run(
+        Upstream(z_weight=z_weight), input, linear_weight, linear_bias, target, None, None,
+        ignore_index, options, need_stats, need_input, need_weight, need_bias,
     )  # fmt: skip
-    return losses, dinput, dweight, dbias
+    assert known is not None, "no lse was given"
+    return *known, *gradients
 
 
 def backward(
-    dlosses: Tensor,
+    dlosses: Tensor | None,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     lse: Tensor,
+    entropy: Tensor,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, dinput, dweight, dbias = _run(
-        dlosses, input, linear_weight, linear_bias, target, lse, ignore_index,
-        need_input, need_weight, need_bias,
+) -> Gradients:
+    dlosses = torch.zeros_like(lse) if dlosses is None else dlosses
+    options = LossOptions(weight, label_smoothing, softcap, logit_scale)
+    _, gradients = _run(
+        Upstream(dlosses, dlogprobs, dlse, dentropy), input, linear_weight, linear_bias, target,
+        lse, entropy if dentropy is not None else None, ignore_index, options,
+        False, need_input, need_weight, need_bias,
     )  # fmt: skip
-    return dinput, dweight, dbias
+    return gradients
 
 
 def _run(
-    dlosses: Tensor | None,
+    upstream: Upstream,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
     lse: Tensor | None,
+    entropy: Tensor | None,
     ignore_index: int,
+    options: LossOptions,
+    need_stats: bool,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses and lse, unless ``lse`` is given, and gradients of ``(losses * dlosses).sum()``."""
+) -> tuple[Known | None, Gradients]:
+    """What is known of each position, unless ``lse`` is given, and gradients of what comes in."""
     vocab_size = linear_weight.shape[0]
-    rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    dlosses = None if dlosses is None else dlosses.reshape(-1)
-    lse = None if lse is None else lse.reshape(-1)
+    inputs, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    upstream = upstream.each_row(Tensor.flatten)
+    lse, entropy = (None if x is None else x.flatten() for x in (lse, entropy))
     kept = None
     # on a GPU a look at the targets would wait for it
     if input.device.type == "cpu" and _may_be_ignored(targets, vocab_size, ignore_index):
-        check_targets("linear_cross_entropy", target, vocab_size, ignore_index)
+        check_targets(_OP, target, vocab_size, ignore_index)
         kept = (targets != ignore_index).nonzero()[:, 0]
-        rows, targets = rows[kept], targets[kept]
-        dlosses = None if dlosses is None else dlosses[kept]
-        lse = None if lse is None else lse[kept]
-    losses, lse, dinput, dweight, dbias = _sweep(
-        dlosses, rows, linear_weight, linear_bias, targets, lse, ignore_index,
-        need_input, need_weight, need_bias,
+        inputs, targets, upstream = inputs[kept], targets[kept], upstream[kept]
+        lse, entropy = (None if x is None else x[kept] for x in (lse, entropy))
+    known, (dinput, dweight, dbias) = _sweep(
+        upstream, inputs, linear_weight, linear_bias, targets, lse, entropy, ignore_index, options,
+        need_stats, need_input, need_weight, need_bias,
     )  # fmt: skip
+    if kept is not None and need_input:
+        dinput = _spread(dinput, kept, target.numel())
+    gradients = (dinput.view(input.shape if need_input else 0), dweight, dbias)
+    if known is None:
+        return None, gradients
+    losses, lse, *stats = known
     if kept is not None:
-        num_rows = target.numel()
-        losses = losses.new_zeros(num_rows).index_copy_(0, kept, losses)
-        lse = lse.new_zeros(num_rows).index_copy_(0, kept, lse)
-        if need_input:
-            dinput = dinput.new_zeros(num_rows, dinput.shape[1]).index_copy_(0, kept, dinput)
-    dinput = dinput.view(input.shape if need_input else 0)
-    return losses.view(target.shape), lse.view(target.shape), dinput, dweight, dbias
+        losses, lse = (_spread(x, kept, target.numel()) for x in (losses, lse))
+        if need_stats:
+            stats = [_spread(x, kept, target.numel()) for x in stats]
+            stats[2].masked_fill_((target == ignore_index).flatten(), -1)
+    if need_stats:
+        stats = [x.view(target.shape) for x in stats]
+    logprobs, entropy, predictions = stats
+    known = (losses.view(target.shape), lse.view(target.shape), logprobs, entropy, predictions)
+    return known, gradients
+
+
+def _spread(x: Tensor, kept: Tensor, num_rows: int) -> Tensor:
+    """Zeros in the rows that were left out."""
+    return x.new_zeros((num_rows, *x.shape[1:])).index_copy_(0, kept, x)
 
 
 def _may_be_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> bool:
@@ -125,17 +181,20 @@ def _may_be_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> bool
 
 
 def _sweep(
-    dlosses: Tensor | None,
+    upstream: Upstream,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     targets: Tensor,
     known_lse: Tensor | None,
+    known_entropy: Tensor | None,
     ignore_index: int,
+    options: LossOptions,
+    need_stats: bool,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Known | None, Gradients]:
     """The same for ``(N, C)`` rows; on CPU none of them is ignored or out of range."""
     (num_rows, _), vocab_size, wide = input.shape, linear_weight.shape[0], wide_dtype(input)
     on_cpu = input.device.type == "cpu"
@@ -143,59 +202,93 @@ def _sweep(
     if on_cpu and linear_weight.numel() <= _WIDENED_ONCE:
         linear_weight = linear_weight.to(wide)
     bias = None if linear_bias is None else linear_bias.to(wide)
-    losses = input.new_empty(num_rows, 1, dtype=wide)
-    lse = torch.empty_like(losses) if known_lse is None else known_lse[:, None]
+    need_gradient = need_input or need_weight or need_bias
     linear = LinearGradients(input, linear_weight, operand, need_input, need_weight)
     dbias = input.new_zeros(vocab_size if need_bias else 0, dtype=wide)
 
-    targets = targets[:, None]
-    weights = factor = ignored = None
-    if dlosses is not None:
-        weights, factor = within_float16(dlosses[:, None], targets == ignore_index, operand)
+    y, ignored, outside, factor = targets[:, None], None, None, None
     if not on_cpu:
-        ignored = targets == ignore_index
-        outside = (targets < 0) | (targets >= vocab_size)
-        weights = torch.ones_like(lse) if weights is None else weights
-        weights = weights.masked_fill(outside, torch.nan)
-        targets = targets.masked_fill(outside, 0)
+        ignored, outside = y == ignore_index, (y < 0) | (y >= vocab_size)
+        y = y.masked_fill(outside, 0)
+        upstream, factor = upstream.within_float16(
+            operand, ignored[:, 0], options.weight, options.logit_scale, vocab_size
+        )
+        dlosses = upstream.dlosses
+        dlosses = input.new_ones(num_rows, dtype=wide) if dlosses is None else dlosses
+        upstream = replace(upstream, dlosses=dlosses.masked_fill(outside[:, 0], torch.nan))
+    upstream = upstream.each_row(lambda x: x[:, None])
+    lse, entropy = (None if x is None else x[:, None] for x in (known_lse, known_entropy))
+    in_one_pass = (
+        need_gradient and lse is None and options.is_plain and not need_stats
+        and upstream.z_weight is None
+    )  # fmt: skip
 
+    parts: list[RowLosses] = []
     step = rows_per_chunk(num_rows, vocab_size, input.device.type)
     buffer = input.new_empty(step, vocab_size, dtype=wide)
-    minus_one = buffer.new_full((step, 1), -1.0)
-    for start in range(0, num_rows, step):
+    for start in range(0, max(1, num_rows), step):
         rows = slice(start, min(start + step, num_rows))
-        y, z = targets[rows], buffer[: rows.stop - start]
+        z = buffer[: rows.stop - start]
         matmul(z, input[rows], linear_weight.t())
         if bias is not None:
             z.add_(bias)
-        if known_lse is not None:
-            z.sub_(lse[rows]).exp_()
-        elif need_input or need_weight or need_bias:
-            # in one pass over each row, while it is in the cache; its lse is not asked for
-            torch.log_softmax(z, 1, out=z)
-            torch.neg(z.gather(1, y), out=losses[rows])
-            z.exp_()
+        chunk, skipped = upstream[rows], None if ignored is None else ignored[rows]
+        if in_one_pass:
+            parts.append(_in_one_pass(z, y[rows], chunk.dlosses, skipped))
         else:
-            lse[rows] = log_sum_exp(z)[:, None]
-            torch.sub(lse[rows], z.gather(1, y), out=losses[rows])
-            continue
-        # p - 1 before the weight: the other order loses p when the target is nearly certain
-        z.scatter_add_(1, y, minus_one[: z.shape[0]])
-        if weights is not None:
-            z.mul_(weights[rows])
-        if ignored is not None:
-            z.masked_fill_(ignored[rows], 0.0)
+            if lse is None:
+                known = row_losses(z, y[rows], options, need_stats=need_stats)
+                parts.append(known)
+                chunk_lse, chunk_entropy = known.maximum + known.log_sum, known.entropy
+            else:
+                chunk_lse, chunk_entropy = lse[rows], None if entropy is None else entropy[rows]
+            if not need_gradient:
+                continue
+            dlosses = torch.ones_like(chunk_lse) if chunk.dlosses is None else chunk.dlosses
+            factors = row_factors(
+                dlosses, chunk, chunk_lse, chunk_entropy, y[rows], options, vocab_size
+            )
+            write_gradient(z, z, (chunk_lse,), y[rows], factors, skipped, options)
         if need_bias:
             dbias += z.sum(0)
-        dlogits, residuals = _rounded(z, y, operand)
-        linear.add(rows, dlogits, y[:, 0], residuals)
-    if ignored is not None:
-        losses.masked_fill_(outside, torch.nan).masked_fill_(ignored, 0.0)
-        lse = lse.masked_fill(ignored, 0.0)
+        dlogits, residuals = _rounded(z, y[rows], operand)
+        linear.add(rows, dlogits, y[rows, 0], residuals)
     if factor is not None:
         for gradient in (linear.dinput, linear.dweight, dbias):
             gradient.mul_(factor)
-    return losses[:, 0], lse[:, 0], linear.dinput, linear.dweight, dbias
+    return _together(parts, ignored, outside), (linear.dinput, linear.dweight, dbias)
+
+
+def _in_one_pass(
+    z: Tensor, targets: Tensor, dlosses: Tensor | None, ignored: Tensor | None
+) -> RowLosses:
+    """Losses of logits, and their gradient over them, with a row in the cache throughout."""
+    at_target = z.gather(1, targets)
+    torch.log_softmax(z, 1, out=z)
+    losses = z.gather(1, targets).neg_()
+    probability_gradient_(z, targets, RowFactors(of_target=dlosses), None)
+    if ignored is not None:
+        z.masked_fill_(ignored, 0.0)
+    nothing = z.new_empty(0, 1)
+    predictions = torch.empty_like(nothing, dtype=torch.int64)
+    lse = at_target + losses
+    return RowLosses(losses, lse, torch.zeros_like(lse), nothing, nothing, predictions)
+
+
+def _together(
+    parts: list[RowLosses], ignored: Tensor | None, outside: Tensor | None
+) -> Known | None:
+    """What is known of each row; None where it was known before."""
+    if not parts:
+        return None
+    known = RowLosses(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+    lse = known.maximum + known.log_sum
+    if ignored is not None and outside is not None:
+        known.mask(ignored, outside)
+        lse.masked_fill_(ignored, 0.0)
+    columns = (known.losses, lse, known.logprobs, known.entropy, known.predictions)
+    losses, lse, logprobs, entropy, predictions = (x[:, 0] for x in columns)
+    return losses, lse, logprobs, entropy, predictions
 
 
 def _rounded(dlogits: Tensor, targets: Tensor, operand: Operand) -> tuple[Tensor, Tensor | None]:

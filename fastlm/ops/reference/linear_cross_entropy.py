@@ -1,8 +1,4 @@
-"""Cross-entropy of a linear layer's logits: F.linear, then the cross_entropy of this folder.
-
-Everything in at least float32; ``lse`` is zero at ignored targets.  The gradients are those of
-``(losses * dlosses).sum()``, ones in ``gradients``; one that is not needed is empty.
-"""
+"""Cross-entropy of a linear layer's logits: F.linear, then the cross_entropy of this folder."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from fastlm.ops.reference import cross_entropy
 from fastlm.ops.reference.cross_entropy import check_targets
 
 _OP = "linear_cross_entropy"
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 64
 
 
 def forward(
@@ -24,9 +20,18 @@ def forward(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """``(..., C)`` and ``(V, C)`` to ``(...)`` losses and lse, float32 or float64.
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(..., C)`` and ``(V, C)`` to ``(...)`` losses and lse, and statistics if asked for.
+
+    Returns:
+        losses, lse, logprobs, entropy: float32 or float64; predictions: int64.  Zero at ignored
+        targets, and -1; the last three are empty unless ``need_stats``.
 
     Raises:
         IndexError: On CPU, a target is neither ``ignore_index`` nor in ``[0, V)``; elsewhere its
@@ -34,9 +39,12 @@ def forward(
     """
     check_targets(_OP, target, linear_weight.shape[0], ignore_index)
     logits = _logits(input, linear_weight, linear_bias)
-    losses, maximum, log_sum = cross_entropy.forward(logits, target, ignore_index)
-    lse = maximum + log_sum
-    return losses, lse.masked_fill(target == ignore_index, 0.0)
+    losses, maximum, log_sum, *stats = cross_entropy.forward(
+        logits, target, weight, ignore_index, label_smoothing, softcap, logit_scale, need_stats
+    )
+    lse = (maximum + log_sum).masked_fill(target == ignore_index, 0.0)
+    logprobs, entropy, predictions = stats
+    return losses, lse, logprobs, entropy, predictions
 
 
 def gradients(
@@ -44,37 +52,55 @@ def gradients(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
+    z_weight: Tensor | None,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, and the gradients of their sum, all float32 or float64."""
-    losses, lse = forward(input, linear_weight, linear_bias, target, ignore_index)
-    dinput, dweight, dbias = backward(
-        torch.ones_like(losses), input, linear_weight, linear_bias, target, lse, ignore_index,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`forward` returns, and the gradients of the sum of loss + z_weight lse**2."""
+    options = (ignore_index, label_smoothing, softcap, logit_scale)
+    known = forward(input, linear_weight, linear_bias, target, weight, *options, need_stats)
+    losses, lse, _, entropy, _ = known
+    dlse = None if z_weight is None else 2 * z_weight * lse
+    return *known, *backward(
+        torch.ones_like(losses), None, dlse, None,
+        input, linear_weight, linear_bias, target, weight, lse, entropy, *options,
         need_input, need_weight, need_bias,
     )  # fmt: skip
-    return losses, dinput, dweight, dbias
 
 
 def backward(
-    dlosses: Tensor,
+    dlosses: Tensor | None,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     lse: Tensor,
+    entropy: Tensor,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dinput = dlogits W, dW = dlogits^T input, dbias = sum of dlogits over rows."""
+    """dinput = dlogits W, dW = dlogits^T input, dbias = sum of dlogits over rows; all wide."""
     logits = _logits(input, linear_weight, linear_bias)
     dlogits = cross_entropy.backward(
-        dlosses, logits, target, lse, torch.zeros_like(lse), ignore_index
-    ).reshape(-1, linear_weight.shape[0])
+        dlosses, dlogprobs, dlse, dentropy, logits, target, weight,
+        lse, torch.zeros_like(lse), entropy, ignore_index, label_smoothing, softcap, logit_scale,
+    ).reshape(-1, linear_weight.shape[0])  # fmt: skip
     rows = input.reshape(-1, input.shape[-1]).to(dlogits.dtype)
     nothing = dlogits.new_empty(0)
     return (
@@ -95,15 +121,26 @@ def truth_forward(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`forward` in float64; a target out of range raises IndexError on every device."""
     check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
-    weight, bias = _exact(linear_weight, linear_bias)
-    parts = [forward(x.double(), weight, bias, y, ignore_index) for x, y in _slices(input, target)]
-    if not parts:
-        return target.double(), target.double()
-    losses, lse = (torch.cat(part).view(target.shape) for part in zip(*parts, strict=True))
-    return losses, lse
+    exact = [_double(x) for x in (linear_weight, linear_bias)]
+    options = (_double(weight), ignore_index, label_smoothing, softcap, logit_scale, need_stats)
+    parts = [
+        forward(input_part.double(), *exact, targets, *options)
+        for input_part, targets, _ in _slices(input, target)
+    ]
+    losses, lse, *stats = (torch.cat(x) for x in zip(*parts, strict=True))
+    if need_stats:
+        stats = [x.view(target.shape) for x in stats]
+    logprobs, entropy, predictions = stats
+    return losses.view(target.shape), lse.view(target.shape), logprobs, entropy, predictions
 
 
 def truth_gradients(
@@ -111,61 +148,83 @@ def truth_gradients(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
+    z_weight: Tensor | None,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses, lse = truth_forward(input, linear_weight, linear_bias, target, ignore_index)
-    dinput, dweight, dbias = truth_backward(
-        torch.ones_like(losses), input, linear_weight, linear_bias, target, lse, ignore_index,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`gradients` in float64."""
+    options = (ignore_index, label_smoothing, softcap, logit_scale)
+    known = truth_forward(input, linear_weight, linear_bias, target, weight, *options, need_stats)
+    losses, lse, _, entropy, _ = known
+    dlse = None if z_weight is None else 2 * z_weight.double() * lse
+    return *known, *truth_backward(
+        torch.ones_like(losses), None, dlse, None,
+        input, linear_weight, linear_bias, target, weight, lse, entropy, *options,
         need_input, need_weight, need_bias,
     )  # fmt: skip
-    return losses, dinput, dweight, dbias
 
 
 def truth_backward(
-    dlosses: Tensor,
+    dlosses: Tensor | None,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
     lse: Tensor,
+    entropy: Tensor,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`backward` in float64, lse and entropy too."""
     check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
-    weight, bias = _exact(linear_weight, linear_bias)
-    dinput = weight.new_zeros(input.shape if need_input else 0)
-    dweight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
-    dbias = weight.new_zeros(weight.shape[0] if need_bias else 0)
-    rows = dinput.view(-1, weight.shape[1]).split(_ROWS_AT_ONCE)
-    upstream = dlosses.reshape(-1).split(_ROWS_AT_ONCE)
-    for i, (x, y) in enumerate(_slices(input, target)):
-        exact = x.double()
-        _, lse = forward(exact, weight, bias, y, ignore_index)
-        parts = backward(
-            upstream[i].double(), exact, weight, bias, y, lse, ignore_index,
-            need_input, need_weight, need_bias,
-        )  # fmt: skip
+    matrix, bias, weight = (_double(x) for x in (linear_weight, linear_bias, weight))
+    options = (ignore_index, label_smoothing, softcap, logit_scale)
+    needs = (need_input, need_weight, need_bias)
+    upstream = [
+        None if x is None else x.double().reshape(-1) for x in (dlosses, dlogprobs, dlse, dentropy)
+    ]
+    dinput = input.new_zeros(input.shape if need_input else 0, dtype=torch.float64)
+    dweight = input.new_zeros(linear_weight.shape if need_weight else 0, dtype=torch.float64)
+    dbias = input.new_zeros(linear_weight.shape[0] if need_bias else 0, dtype=torch.float64)
+    rows = dinput.view(-1, input.shape[-1]) if need_input else dinput
+    for x, targets, part in _slices(input, target):
+        exact = (x.double(), matrix, bias, targets, weight)
+        _, lse, _, entropy, _ = forward(*exact, *options, dentropy is not None)
+        upstream_part = [None if d is None else d[part] for d in upstream]
+        parts = backward(*upstream_part, *exact, lse, entropy, *options, *needs)
         if need_input:
-            rows[i].copy_(parts[0])
+            rows[part] = parts[0]
         dweight += parts[1]
         dbias += parts[2]
     return dinput, dweight, dbias
 
 
-def _exact(linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return linear_weight.double(), None if linear_bias is None else linear_bias.double()
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
 
 
-def _slices(input: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    if target.numel() == 0:
-        return []
-    rows = input.reshape(-1, input.shape[-1]).split(_ROWS_AT_ONCE)
-    return list(zip(rows, target.reshape(-1).split(_ROWS_AT_ONCE), strict=True))
+def _slices(input: Tensor, target: Tensor) -> Iterable[tuple[Tensor, Tensor, slice]]:
+    """At least one, perhaps of no rows."""
+    rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    for start in range(0, max(1, len(targets)), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        yield rows[part], targets[part], part
 
 
 plain_forward = forward
@@ -176,37 +235,39 @@ def plain_gradients(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
+    weight: Tensor | None,
+    z_weight: Tensor | None,
     ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_stats: bool,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients cast once to the dtype of the input, as they will be when they are returned."""
-    losses, *wide = gradients(
-        input, linear_weight, linear_bias, target, ignore_index, need_input, need_weight, need_bias
-    )
-    dinput, dweight, dbias = _cast_once(wide, input.dtype)
-    return losses, dinput, dweight, dbias
+    *known, dinput, dweight, dbias = gradients(
+        input, linear_weight, linear_bias, target, weight, z_weight,
+        ignore_index, label_smoothing, softcap, logit_scale, need_stats,
+        need_input, need_weight, need_bias,
+    )  # fmt: skip
+    losses, lse, logprobs, entropy, predictions = known
+    wide = _cast_once((dinput, dweight, dbias), input.dtype)
+    return losses, lse, logprobs, entropy, predictions, *wide
 
 
 def plain_backward(
-    dlosses: Tensor,
+    dlosses: Tensor | None,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
+    *args: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients cast once to the dtype of the input, as they will be when they are returned."""
-    wide = backward(
-        dlosses, input, linear_weight, linear_bias, target, lse, ignore_index,
-        need_input, need_weight, need_bias,
-    )  # fmt: skip
-    return _cast_once(wide, input.dtype)
+    upstream = (dlosses, dlogprobs, dlse, dentropy)
+    return _cast_once(backward(*upstream, input, *args), input.dtype)  # type: ignore[arg-type]
 
 
 def _cast_once(gradients: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,187 @@
+"""Launch the kernels on the logits of one chunk of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .._chunks import Operand, Upstream
+from .._launch import accumulator, launch
+from . import tuning
+from .kernel import bias_gradient_kernel, gradient_kernel, loss_kernel
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Which loss of the logits.
+
+    Attributes:
+        bias: ``(V,)``, added to the logits.
+        weight: ``(V,)`` wide, of the classes.
+        weight_sum: Its sum, read with label smoothing.
+    """
+
+    bias: Tensor | None
+    weight: Tensor | None
+    weight_sum: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    logit_scale: float
+
+    @classmethod
+    def of(
+        cls,
+        like: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> Loss:
+        """The loss these options make, for logits in the dtype of ``like``."""
+        bias = None if bias is None else bias.contiguous()
+        weight = None if weight is None else weight.to(like.dtype).contiguous()
+        smoothed = weight is not None and label_smoothing > 0
+        weight_sum = weight.sum() if weight is not None and smoothed else None
+        return cls(bias, weight, weight_sum, ignore_index, label_smoothing, softcap, logit_scale)
+
+    @property
+    def numbers(self) -> tuple[int, float, float, float]:
+        return self.ignore_index, self.label_smoothing, self.softcap or 0.0, self.logit_scale
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {
+            "HAS_WEIGHT": self.weight is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "SMOOTHED": self.label_smoothing > 0,
+        }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of each row, wide; statistics are empty where they are not asked for."""
+
+    losses: Tensor
+    lse: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    predictions: Tensor
+
+    @classmethod
+    def empty(cls, input: Tensor, num_rows: int, dtype: torch.dtype, *, need_stats: bool) -> Rows:
+        per_row = [input.new_empty(num_rows, dtype=dtype) for _ in range(2)]
+        stats = [input.new_empty(num_rows if need_stats else 0, dtype=dtype) for _ in range(2)]
+        return cls(*per_row, *stats, torch.empty_like(stats[0], dtype=torch.int64))
+
+    @classmethod
+    def known(cls, lse: Tensor, entropy: Tensor) -> Rows:
+        """What a gradient reads."""
+        nothing = lse.new_empty(0)
+        return cls(nothing, lse, nothing, entropy, torch.empty_like(nothing, dtype=torch.int64))
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(*(x[rows] if x.numel() else x for x in vars(self).values()))
+
+
+def launch_loss(logits: Tensor, targets: Tensor, loss: Loss, rows: Rows) -> None:
+    """Write ``rows``."""
+    num_rows, vocab_size = logits.shape
+    plan = tuning.plan("loss", vocab_size)
+    launch(
+        loss_kernel, (num_rows,),
+        logits, *_vectors(loss, logits), targets,
+        rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions,
+        vocab_size, *loss.numbers,
+        HAS_BIAS=loss.bias is not None, **loss.flags, NEED_STATS=rows.entropy.numel() > 0,
+        **_shared(plan, logits),
+    )  # fmt: skip
+
+
+def launch_gradient(
+    logits: Tensor,
+    operand: Operand,
+    targets: Tensor,
+    loss: Loss,
+    upstream: Upstream,
+    rows: Rows,
+    *,
+    lse_is_known: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient over the memory of ``logits``, and what rounding took from it at the target.
+
+    Writes ``rows``, or reads their lse and entropy.
+    """
+    num_rows, vocab_size = logits.shape
+    dlogits = logits.view(operand.dtype)[:, :vocab_size]
+    residuals = torch.empty_like(rows.lse)
+    plan = tuning.plan("gradient", vocab_size)
+    launch(
+        gradient_kernel, (num_rows,),
+        logits, dlogits, *_vectors(loss, logits), targets, *_tensors(upstream, rows.lse),
+        rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions, residuals,
+        dlogits.stride(0), vocab_size, *loss.numbers,
+        SCALE=operand.scale, HAS_BIAS=loss.bias is not None, **loss.flags, **_flags(upstream),
+        LSE_IS_KNOWN=lse_is_known, NEED_STATS=not lse_is_known and rows.entropy.numel() > 0,
+        ONE_BLOCK=vocab_size <= plan.block_v, **_shared(plan, logits),
+    )  # fmt: skip
+    return dlogits, residuals
+
+
+def launch_bias_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    upstream: Upstream,
+    rows: Rows,
+    dbias: Tensor,
+) -> None:
+    """Add to ``dbias``; reads the lse and entropy of ``rows``."""
+    num_rows, vocab_size = logits.shape
+    plan = tuning.BIAS
+    launch(
+        bias_gradient_kernel, (triton.cdiv(vocab_size, plan.block_v),),
+        logits, *_vectors(loss, logits), targets, *_tensors(upstream, rows.lse),
+        rows.lse, rows.entropy, dbias, num_rows, vocab_size, *loss.numbers,
+        **loss.flags, **_flags(upstream), BLOCK_R=plan.block_r, **_shared(plan, logits),
+    )  # fmt: skip
+
+
+def _tensors(upstream: Upstream, like: Tensor) -> list[Tensor]:
+    """As the kernels take them; ``like``, one per row, in place of what is not read."""
+    dlogprobs, dlse = upstream.dlogprobs, upstream.dlse
+    if dlogprobs is None and dlse is not None:
+        dlogprobs = torch.zeros_like(dlse)
+    if dlse is None and dlogprobs is not None:
+        dlse = torch.zeros_like(dlogprobs)
+    given = (upstream.dlosses, dlogprobs, dlse, upstream.dentropy, upstream.z_weight)
+    return [like if x is None else x for x in given]
+
+
+def _flags(upstream: Upstream) -> dict[str, bool]:
+    return {
+        "HAS_DLOSSES": upstream.dlosses is not None,
+        "HAS_DSTATS": upstream.dlogprobs is not None or upstream.dlse is not None,
+        "HAS_DENTROPY": upstream.dentropy is not None,
+        "HAS_Z": upstream.z_weight is not None,
+    }
+
+
+def _vectors(loss: Loss, like: Tensor) -> list[Tensor]:
+    """Bias, class weights and their sum; ``like`` in place of what is not read."""
+    return [like if x is None else x for x in (loss.bias, loss.weight, loss.weight_sum)]
+
+
+def _shared(plan: tuning.Plan | tuning.BiasPlan, logits: Tensor) -> dict[str, Any]:
+    return {
+        "BLOCK_V": plan.block_v,
+        "ACC": accumulator(logits.dtype),
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
