@@ -128,20 +128,26 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:func:`fastlm.cross_entropy` in place of :class:`torch.nn.CrossEntropyLoss`.
 
     As there, classes are in dimension 1 of an input with more than one: ``(V,)``, ``(N, V)`` or
-    ``(N, V, ...)``, of which the triton backend makes no copy.  Targets are class indices, and the
-    loss is at least float32.
+    ``(N, V, ...)``, of which the triton backend makes no copy, and the loss is at least float32.
+    Targets are class indices; where they are probabilities, of the input's shape, the call is
+    torch's own, without the options that torch does not have.
 
     Args:
-        weight: Must be None.
+        weight: ``(V,)``: the factor of the loss of each class.
         size_average: Must be None.
         ignore_index: Positions with this target have loss 0 and gradient 0.
         reduce: Must be None.
-        reduction: ``"mean"`` over positions that are not ignored, ``"sum"`` or ``"none"``.
-        label_smoothing: Must be 0.
-        backend: As in :func:`fastlm.cross_entropy`.
+        reduction: ``"mean"`` over positions that are not ignored, each counting as much as the
+            weight of its target; ``"sum"`` or ``"none"``.
+        label_smoothing: From 0 to 1.
+        softcap: As in :func:`fastlm.cross_entropy`, as the next three.
+        logit_scale: Factor of the logits.
+        z_loss: Factor of the squared log-sum-exp.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
-        NotImplementedError: One of torch's options that this class does not have is set.
+        NotImplementedError: One of torch's options that this class does not have is set, or one of
+            ours together with probabilities.
         ValueError: ``reduction`` is not one of those above.
     """
 
@@ -154,26 +160,38 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
         backend: str = "auto",
     ) -> None:
         name = type(self).__name__
-        _refuse(
-            name,
-            weight=weight is not None,
-            size_average=size_average is not None,
-            reduce=reduce is not None,
-            label_smoothing=label_smoothing != 0.0,
-        )
+        _refuse(name, size_average=size_average is not None, reduce=reduce is not None)
         check_choice(name, "reduction", reduction, REDUCTIONS)
-        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+        self.softcap, self.logit_scale, self.z_loss = softcap, logit_scale, z_loss
         self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            _refuse(
+                f"{type(self).__name__} with probabilities as targets",
+                softcap=self.softcap is not None,
+                logit_scale=self.logit_scale != 1.0,
+                z_loss=self.z_loss != 0.0,
+                backend=self.backend not in ("auto", "torch"),
+            )
+            return super().forward(input, target)
         logits = input.movedim(1, -1) if input.dim() > 1 else input
-        return cross_entropy(
-            logits, target,
-            ignore_index=self.ignore_index, reduction=self.reduction, backend=self.backend,
+        loss = cross_entropy(
+            logits, target, self.weight,
+            ignore_index=self.ignore_index, reduction=self.reduction,
+            label_smoothing=self.label_smoothing, softcap=self.softcap,
+            logit_scale=self.logit_scale, z_loss=self.z_loss, backend=self.backend,
         )  # fmt: skip
+        return cast(Tensor, loss)
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
@@ -189,17 +207,23 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         bias: Whether the layer has a bias.
         device: Of the parameters.
         dtype: Of the parameters.
-        reduction: ``"mean"`` over positions that are not ignored, ``"sum"`` or ``"none"``.
-        weight: Must be None.
+        reduction: ``"mean"`` over positions that are not ignored, each counting as much as the
+            weight of its target; ``"sum"`` or ``"none"``.
+        weight: ``(V,)``: the factor of the loss of each class.
         ignore_index: Positions with this target have loss 0 and gradient 0; None is -100.
-        label_smoothing: Must be 0.
+        label_smoothing: From 0 to 1.
         options: Must be None: the loss is always computed in chunks.
-        backend: As in :func:`fastlm.linear_cross_entropy`.
+        softcap: As in :func:`fastlm.linear_cross_entropy`, as the next three.
+        logit_scale: Factor of the logits.
+        z_loss: Factor of the squared log-sum-exp.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         NotImplementedError: One of torch's options that this class does not have is set.
         ValueError: ``reduction`` is not one of those above.
     """
+
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -215,31 +239,34 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: object = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
         backend: str = "auto",
     ) -> None:
         name = type(self).__name__
-        _refuse(
-            name,
-            out_features=len(out_features) > 0,
-            weight=weight is not None,
-            label_smoothing=label_smoothing != 0.0,
-            options=options is not None,
-        )
+        _refuse(name, out_features=len(out_features) > 0, options=options is not None)
         check_choice(name, "reduction", reduction, REDUCTIONS)
         # not torch's own, whose arguments differ between releases
         nn.Module.__init__(self)
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
         self.num_classes = num_classes
         self.reduction = reduction
         self.ignore_index = -100 if ignore_index is None else ignore_index
+        self.label_smoothing = label_smoothing
+        self.softcap, self.logit_scale, self.z_loss = softcap, logit_scale, z_loss
         self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             input, self.linear.weight, target,
-            linear_bias=self.linear.bias, reduction=self.reduction,
-            ignore_index=self.ignore_index, backend=self.backend,
+            linear_bias=self.linear.bias, weight=self.weight, reduction=self.reduction,
+            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+            softcap=self.softcap, logit_scale=self.logit_scale, z_loss=self.z_loss,
+            backend=self.backend,
         )  # fmt: skip
+        return cast(Tensor, loss)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}"

@@ -147,7 +147,7 @@ def sums_of_row(
     running_sum = tl.zeros((BLOCK_V,), ACC)
     moment = tl.zeros((BLOCK_V,), ACC)  # sum of exp(x - max) (x - max)
     weighted = tl.zeros((BLOCK_V,), ACC)
-    best = tl.zeros((BLOCK_V,), tl.int64)  # where running_max was first seen
+    best = tl.zeros((BLOCK_V,), tl.int32)  # the block that running_max was first seen in
     for start in range(0, vocab_size, BLOCK_V):
         cols = start + lanes
         x = load_block(
@@ -162,7 +162,7 @@ def sums_of_row(
             rise = tl.where(running_max == float("-inf"), 0.0, pivot - running_max)
             moment = decay * (moment - rise * running_sum)
             moment += e * tl.where(x == float("-inf"), 0.0, x - pivot)
-            best = tl.where(x > running_max, cols, best)
+            best = tl.where(x > running_max, start // BLOCK_V, best)
         if SMOOTHED:
             weighted += _weighted(x, origin, weight_ptr, cols, vocab_size, HAS_WEIGHT)
         running_sum = running_sum * decay + e
@@ -174,7 +174,9 @@ def sums_of_row(
     if NEED_STATS:
         fall = tl.where(running_max == float("-inf"), 0.0, running_max - maximum)
         mean = tl.sum(shares * (moment + fall * running_sum), 0) / total
-        first = tl.min(tl.where(running_max == maximum, best, vocab_size), 0)
+        places = best.to(tl.int64) * BLOCK_V + lanes
+        # of a row of -inf alone, where every lane claims its first place, there is one in the row
+        first = tl.min(tl.where(running_max == maximum, places, vocab_size), 0)
     return maximum, total, mean, first, tl.sum(weighted, 0)
 
 

@@ -22,7 +22,7 @@ BAD_TARGETS = [-1, 3 * BLOCK + 3, 4 * BLOCK + 2, -(2**63), 2**32 + 3]
 @pytest.fixture(autouse=True)
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tuning.Plan(block_v=BLOCK, num_warps=1)
-    monkeypatch.setattr(tuning, "plan", lambda step, vocab_size: plan)
+    monkeypatch.setattr(tuning, "plan", lambda step, vocab_size, **kwargs: plan)
 
 
 def run_guarded(end: str) -> None:

@@ -70,7 +70,8 @@ def forward(
     predictions = torch.empty(stats_shape, dtype=torch.int64, device=input.device)
     vocab_size = input.shape[-1]
     weights = _weights(weight, losses, label_smoothing)
-    plan = tuning.plan("forward", vocab_size)
+    with_sums = need_stats or label_smoothing > 0
+    plan = tuning.plan("forward", vocab_size, with_sums=with_sums)
     launch(
         forward_kernel, (target.numel(),),
         input, target.contiguous(), *weights,

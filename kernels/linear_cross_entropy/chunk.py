@@ -14,6 +14,9 @@ from .._launch import accumulator, launch
 from . import tuning
 from .kernel import bias_gradient_kernel, gradient_kernel, loss_kernel
 
+# What a gradient kernel needs registers for.
+_HEAVY = ("HAS_SOFTCAP", "SMOOTHED", "HAS_DENTROPY")
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -121,14 +124,17 @@ def launch_gradient(
     num_rows, vocab_size = logits.shape
     dlogits = logits.view(operand.dtype)[:, :vocab_size]
     residuals = torch.empty_like(rows.lse)
-    plan = tuning.plan("gradient", vocab_size)
+    need_stats = not lse_is_known and rows.entropy.numel() > 0
+    flags = {**loss.flags, **_flags(upstream)}
+    has_options = need_stats or any(flags[name] for name in _HEAVY)
+    plan = tuning.plan("gradient with options" if has_options else "gradient", vocab_size)
     launch(
         gradient_kernel, (num_rows,),
         logits, dlogits, *_vectors(loss, logits), targets, *_tensors(upstream, rows.lse),
         rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions, residuals,
         dlogits.stride(0), vocab_size, *loss.numbers,
-        SCALE=operand.scale, HAS_BIAS=loss.bias is not None, **loss.flags, **_flags(upstream),
-        LSE_IS_KNOWN=lse_is_known, NEED_STATS=not lse_is_known and rows.entropy.numel() > 0,
+        SCALE=operand.scale, HAS_BIAS=loss.bias is not None, **flags,
+        LSE_IS_KNOWN=lse_is_known, NEED_STATS=need_stats,
         ONE_BLOCK=vocab_size <= plan.block_v, **_shared(plan, logits),
     )  # fmt: skip
     return dlogits, residuals

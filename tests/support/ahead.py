@@ -36,18 +36,31 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+# weight, ignore_index, label_smoothing, softcap, logit_scale
+NO_LOSS_OPTIONS = (None, -100, 0.0, None, 1.0)
+
+
+def all_loss_options(vocab_size: int) -> tuple[Any, ...]:
+    return empty(vocab_size, dtype=torch.float32), -100, 0.1, 30.0, 0.5
+
+
 def cross_entropy_launches(dtype: torch.dtype) -> None:
     for vocab_size in (512, 4_096, 50_304):
-        _cross_entropy(empty(8, vocab_size, dtype=dtype))
+        _cross_entropy(empty(8, vocab_size, dtype=dtype), with_options=False)
         # a slice of a padded vocabulary, one token short: nothing divides by 16
-        padded = empty(2, 5, vocab_size + 1, dtype=dtype)
-        _cross_entropy(padded[:, :-1, : vocab_size - 3])
+        padded = empty(2, 5, vocab_size + 1, dtype=dtype)[:, :-1, : vocab_size - 3]
+        _cross_entropy(padded, with_options=True)
 
 
-def _cross_entropy(logits: Tensor) -> None:
+def _cross_entropy(logits: Tensor, *, with_options: bool) -> None:
     targets = empty(*logits.shape[:-1], dtype=torch.int64)
-    losses, maximum, log_sum = cross_entropy.forward(logits, targets, -100)
-    cross_entropy.backward(losses, logits, targets, maximum, log_sum, -100)
+    weight, *options = all_loss_options(logits.shape[-1]) if with_options else NO_LOSS_OPTIONS
+    losses, maximum, log_sum, *stats = cross_entropy.forward(
+        logits, targets, weight, *options, with_options
+    )
+    logprobs, entropy, _ = stats
+    upstream = (losses, logprobs, losses, entropy) if with_options else (losses, None, None, None)
+    cross_entropy.backward(*upstream, logits, targets, weight, maximum, log_sum, entropy, *options)
 
 
 def linear_cross_entropy_launches(dtype: torch.dtype) -> None:
@@ -57,14 +70,19 @@ def linear_cross_entropy_launches(dtype: torch.dtype) -> None:
 
 
 def _linear_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options: bool) -> None:
-    inputs, weight = empty(8, 64, dtype=dtype), empty(vocab_size, 64, dtype=dtype)
+    inputs, matrix = empty(8, 64, dtype=dtype), empty(vocab_size, 64, dtype=dtype)
     bias = empty(vocab_size, dtype=dtype) if with_options else None
-    arguments = (inputs, weight, bias, empty(8, dtype=torch.int64))
-    losses, lse = linear_cross_entropy.forward(*arguments, -100)
-    if with_options:
-        linear_cross_entropy.backward(losses, *arguments, lse, -100, True, True, True)
-    else:
-        linear_cross_entropy.gradients(*arguments, -100, True, True, False)
+    weight, *options = all_loss_options(vocab_size) if with_options else NO_LOSS_OPTIONS
+    arguments = (inputs, matrix, bias, empty(8, dtype=torch.int64), weight)
+    losses, lse, *stats = linear_cross_entropy.forward(*arguments, *options, with_options)
+    logprobs, entropy, _ = stats
+    if not with_options:
+        linear_cross_entropy.gradients(*arguments, None, *options, False, True, True, False)
+        return
+    z_weight = empty(dtype=lse.dtype)
+    linear_cross_entropy.gradients(*arguments, z_weight, *options, True, True, True, False)
+    upstream = (losses, logprobs, lse, entropy)
+    linear_cross_entropy.backward(*upstream, *arguments, lse, entropy, *options, True, True, True)
 
 
 def attention_launches(dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ BLOCK = 16  # of the tiny plan
 
 def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tuning.Plan(block_v=BLOCK, num_warps=1)
-    monkeypatch.setattr(tuning, "plan", lambda step, vocab_size: plan)
+    monkeypatch.setattr(tuning, "plan", lambda step, vocab_size, **kwargs: plan)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

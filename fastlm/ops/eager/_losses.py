@@ -74,7 +74,7 @@ def row_losses(
     for rows in blocks:
         block = logits[rows]
         z = scratch[: block.shape[0]]
-        x = _transform(block.to(dtype), options, out=z)
+        x = transform(block.to(dtype), options, out=z)
         if need_stats:
             torch.argmax(x, 1, keepdim=True, out=predictions[rows])
         torch.amax(x, 1, keepdim=True, out=maximum[rows])
@@ -177,7 +177,7 @@ def write_gradient(
     for rows in _blocks(logits):
         part = out[rows]
         z = part if out.dtype == dtype else torch.empty_like(part, dtype=dtype)
-        x = _transform(logits[rows].to(dtype), options, out=z)
+        x = transform(logits[rows].to(dtype), options, out=z)
         slope = None
         if options.softcap is not None:
             slope = (x / options.softcap).square_().neg_().add_(1.0)
@@ -232,7 +232,7 @@ def _at_target(log_p: Tensor, targets: Tensor, row: RowFactors, weight: Tensor |
     return dx
 
 
-def _transform(logits: Tensor, options: LossOptions, *, out: Tensor) -> Tensor:
+def transform(logits: Tensor, options: LossOptions, *, out: Tensor) -> Tensor:
     """What the softmax is taken of; the logits themselves, or ``out``."""
     if options.logit_scale != 1.0:
         logits = torch.mul(logits, options.logit_scale, out=out)

@@ -1,0 +1,42 @@
+"""The most likely classes by torch's own operators, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.kernels._chunks import matmul, rows_per_chunk, wide_dtype
+from fastlm.ops.eager._losses import LossOptions, transform
+
+
+def forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    k: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    inputs, wide = input.reshape(-1, input.shape[-1]), wide_dtype(input)
+    num_rows, vocab_size = inputs.shape[0], linear_weight.shape[0]
+    bias = None if linear_bias is None else linear_bias.to(wide)
+    options = LossOptions(None, 0.0, softcap, logit_scale)
+    logprobs = input.new_empty(num_rows, k, dtype=wide)
+    indices = torch.empty_like(logprobs, dtype=torch.int64)
+    step = rows_per_chunk(num_rows, vocab_size, input.device.type)
+    buffer = input.new_empty(step, vocab_size, dtype=wide)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        z = buffer[: rows.stop - start]
+        matmul(z, inputs[rows], linear_weight.t())
+        if bias is not None:
+            z.add_(bias)
+        transform(z, options, out=z)
+        torch.topk(z, k, out=(logprobs[rows], indices[rows]))
+        logprobs[rows] -= z.logsumexp(1, keepdim=True)
+    shape = (*input.shape[:-1], k)
+    return logprobs.view(shape), indices.view(shape)
+
+
+def forward_refuses(*args: object) -> None:
+    return None

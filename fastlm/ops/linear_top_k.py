@@ -1,0 +1,83 @@
+"""The most likely classes of a linear layer's logits, which are never held together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastlm.ops._checks import check_that
+from fastlm.ops._define import define_op
+from fastlm.ops.linear_cross_entropy import cast_to, check_linear
+
+_OP = "linear_top_k"
+BACKENDS = {
+    "torch": "fastlm.ops.eager.linear_top_k",
+    "reference": "fastlm.ops.reference.linear_top_k",
+}
+
+
+class TopK(NamedTuple):
+    """The most likely classes of each position, most likely first.
+
+    Attributes:
+        logprobs: ``(..., k)``, float32, float64 for float64 inputs.
+        indices: ``(..., k)`` int64; of equally likely classes any.
+    """
+
+    logprobs: Tensor
+    indices: Tensor
+
+
+def linear_top_k(
+    input: Tensor,
+    linear_weight: Tensor,
+    k: int,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+) -> TopK:
+    """The k most likely classes, with their log-probabilities among all V.
+
+    Exact, and without gradient.  Chunks of rows of logits are held, in float32, and never all of
+    ``(N, V)``: for the teacher of a distillation, or to see what a model would say.
+
+    Args:
+        input: ``(..., C)``; float32, bfloat16, float16 or float64.
+        linear_weight: ``(V, C)`` in the dtype of ``input``.
+        k: From 1 to V.
+        linear_bias: ``(V,)`` in the dtype of ``input``.
+        softcap: Positive, as in :func:`cross_entropy`.
+        logit_scale: Factor of the logits, bias included.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        ValueError: Shapes or devices do not match, or a number is out of range.
+        TypeError: A dtype is not one of those above, or dtypes differ outside autocast.
+    """
+    dtype = check_linear(_OP, input, linear_weight, linear_bias, softcap)
+    vocab_size = linear_weight.shape[0]
+    check_that(_OP, "k", 1 <= k <= vocab_size, f"be in [1, {vocab_size}]", k)
+    params = (None if x is None else x.detach() for x in (input, linear_weight, linear_bias))
+    return TopK(*_forward(*cast_to(dtype, *params), k, softcap, logit_scale, backend))
+
+
+def _forward_fake(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    k: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    import torch
+
+    logprobs = input.new_empty(
+        (*input.shape[:-1], k), dtype=torch.promote_types(input.dtype, torch.float32)
+    )
+    return logprobs, torch.empty_like(logprobs, dtype=torch.int64)
+
+
+_forward = define_op(_OP, "forward", BACKENDS, fake=_forward_fake)

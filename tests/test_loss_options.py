@@ -1,0 +1,383 @@
+"""The options of the two losses: each alone, in pairs, and their statistics."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.cross_entropy import force_tiny_blocks
+from support.linear_cross_entropy import forced, inputs
+from torch import Tensor
+
+import fastlm
+from fastlm import testing
+from fastlm.testing import cross_entropy_inputs
+
+BACKENDS = ["triton", "torch", "reference"]
+FAST = ["triton", "torch"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+VOCAB_SIZE = 41
+
+
+def weights(vocab_size: int, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return (0.1 + torch.rand(vocab_size, generator=generator)).to(device)
+
+
+# name -> value; "weight" and "statistics" are told apart below
+OPTIONS: dict[str, Any] = {
+    "weight": True,
+    "label_smoothing": 0.1,
+    "softcap": 4.0,
+    "logit_scale": -0.6,
+    "z_loss": 0.02,
+    "return_stats": True,
+    "reduction": "none",
+}
+PAIRS = [dict([a, b]) for a, b in itertools.combinations(OPTIONS.items(), 2)]
+ALONE = [{name: value} for name, value in OPTIONS.items()]
+CASES = [*ALONE, *PAIRS, OPTIONS, {**OPTIONS, "reduction": "mean"}, {**OPTIONS, "reduction": "sum"}]
+
+
+def named(case: dict[str, Any]) -> str:
+    return "-".join(case)
+
+
+def transformed(logits: Tensor, options: dict[str, Any]) -> Tensor:
+    x = logits * options.get("logit_scale", 1.0)
+    cap = options.get("softcap")
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def definition(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """The loss, and with ``return_stats`` log-probability, lse and entropy, by torch."""
+    x = transformed(logits, options)
+    reduction = options.get("reduction", "mean")
+    weight = weights(x.shape[-1], str(x.device)).to(x.dtype) if "weight" in options else None
+    smoothing = options.get("label_smoothing", 0.0)
+    loss = F.cross_entropy(x, targets, weight, label_smoothing=smoothing, reduction=reduction)
+    kept = targets != -100
+    lse = x.logsumexp(-1).masked_fill(~kept, 0.0)
+    squares = options.get("z_loss", 0.0) * lse.square()
+    total = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / kept.sum()}
+    if "z_loss" in options:
+        loss = loss + total[reduction]
+    if "return_stats" not in options:
+        return (loss,)
+    logprobs = x.log_softmax(-1)
+    of_target = logprobs.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(~kept, 0.0)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).masked_fill(~kept, 0.0)
+    return loss, of_target, lse, entropy
+
+
+def flattened(result: Any) -> tuple[Tensor, ...]:
+    """The differentiable outputs of ours."""
+    if isinstance(result, Tensor):
+        return (result,)
+    loss, stats = result
+    return loss, stats.logprobs, stats.lse, stats.entropy
+
+
+def ours(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    if "weight" in options:
+        options["weight"] = weights(logits.shape[-1], str(logits.device))
+    return flattened(fastlm.cross_entropy(logits, targets, **options))
+
+
+def linear(
+    x: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    if "weight" in options:
+        options["weight"] = weights(matrix.shape[0], str(x.device))
+    return flattened(fastlm.linear_cross_entropy(x, matrix, targets, linear_bias=bias, **options))
+
+
+def linear_definition(
+    x: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    return definition(F.linear(x, matrix, bias), targets, **options)
+
+
+def judge(function: Any, by_torch: Any, arguments: Any, backend: str, options: Any) -> None:
+    dtype = arguments[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    actual = testing.run(function, *arguments, backend=backend, **options)
+    plain = testing.run(by_torch, *arguments, dtype=wide, **options)
+    truth = testing.run(by_torch, *arguments, dtype=torch.float64, **options)
+    testing.assert_all_as_accurate(backend, actual, plain=plain, truth=truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_cross_entropy_with_every_pair_of_options(case, backend, device, monkeypatch):
+    force_tiny_blocks(monkeypatch)
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = cross_entropy_inputs(24, VOCAB_SIZE, dtype, device)
+        judge(ours, definition, arguments, backend, case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_linear_cross_entropy_with_every_pair_of_options(case, backend, device):
+    with forced(rows=16, block_v=16):
+        arguments = inputs(24, 6, VOCAB_SIZE, device=device)
+        judge(linear, linear_definition, arguments, backend, case)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("vocab_size", [41, 300])
+def test_linear_cross_entropy_of_narrow_inputs_with_all_options(
+    vocab_size, reduction, dtype, backend, device
+):
+    with forced(rows=40, block_v=64):
+        arguments = inputs(64, 8, vocab_size, dtype, device)
+        options = {**OPTIONS, "reduction": reduction}
+        judge(linear, linear_definition, arguments, backend, options)
+
+
+EXTREME = {
+    "weights far from one": {"weight": torch.tensor([1e4, 1e-3, 3.0, 50.0]).repeat(40)},
+    "a large scale": {"logit_scale": 40.0},
+    "a large z-loss": {"z_loss": 10.0},
+}
+
+
+@pytest.mark.parametrize("options", EXTREME.values(), ids=EXTREME.keys())
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_float16_gradients_of_logits_do_not_overflow(reduction, options, device):
+    x, matrix, bias, targets = inputs(12, 8, 160, torch.float16, device)
+    options = {name: v.to(device) if name == "weight" else v for name, v in options.items()}
+
+    def run(**more: Any) -> list[Tensor | None]:
+        def function(x: Tensor, matrix: Tensor) -> Tensor:
+            loss = fastlm.linear_cross_entropy(
+                x, matrix, targets, **options, reduction=reduction, **more
+            )
+            return loss.sum() * 1e-3
+
+        dtype = torch.float64 if more["backend"] == "reference" else None
+        return testing.run(function, x, matrix / 8, dtype=dtype)
+
+    with forced(rows=8, block_v=64):
+        actual, truth = run(backend="triton"), run(backend="reference")
+    for got, want in zip(actual, truth, strict=True):
+        assert got is not None
+        assert got.isfinite().all()
+        assert (got.double() - want).norm() <= 2e-3 * want.norm()
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_predictions_are_the_first_of_the_largest(kind, backend, device, monkeypatch):
+    force_tiny_blocks(monkeypatch)
+    logits = torch.zeros(5, VOCAB_SIZE, device=device)
+    logits[1, 40] = logits[2, 3] = logits[2, 35] = 2.0
+    logits[3] = -torch.inf
+    logits[3, 33] = 0.0
+    targets = torch.tensor([1, 2, 3, 33, -100], device=device)
+    with forced(rows=2, block_v=16):
+        if kind == "logits":
+            _, stats = fastlm.cross_entropy(logits, targets, return_stats=True, backend=backend)
+        else:
+            eye = torch.eye(5, device=device)
+            _, stats = fastlm.linear_cross_entropy(
+                eye, logits.t().contiguous().clamp(min=-1e30), targets,
+                return_stats=True, backend=backend,
+            )  # fmt: skip
+    assert stats.predictions.tolist() == [0, 40, 3, 33, -1]
+    assert stats.num_items.item() == 4
+    assert stats.lse[4] == stats.entropy[4] == stats.logprobs[4] == 0
+    assert stats.entropy[3] == stats.logprobs[3] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_entropy_with_impossible_classes_is_finite_and_so_is_its_gradient(backend, device):
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf, 200.0, 3.0]] * 2, device=device)
+    logits[1, 4] = 0.5
+    targets = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def entropy(x: Tensor) -> Tensor:
+        return fastlm.cross_entropy(x, targets, return_stats=True, backend=backend)[1].entropy
+
+    def expected(x: Tensor) -> Tensor:
+        return torch.special.entr(x.softmax(-1)).sum(-1)
+
+    possible = [0, 2, 4, 5]
+    got, gradient = testing.run(entropy, logits)
+    want, want_gradient = testing.run(expected, logits[:, possible], dtype=torch.float64)
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradient[:, possible].double(), want_gradient, atol=1e-6, rtol=1e-5)
+    assert gradient[:, [1, 3]].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_statistic_alone_may_have_a_gradient(backend, device):
+    for name in ("logprobs", "lse", "entropy"):
+        for reduction in ("mean", "none"):
+            x, matrix, bias, targets = inputs(6, 4, 20, torch.float64, device)
+
+            def one(x, matrix, bias, targets=targets, name=name, reduction=reduction, **options):
+                _, stats = fastlm.linear_cross_entropy(
+                    x, matrix, targets, linear_bias=bias, reduction=reduction,
+                    return_stats=True, **options,
+                )  # fmt: skip
+                return getattr(stats, name)
+
+            actual = testing.run(one, x, matrix, bias, backend=backend)
+            expected = testing.run(one, x, matrix, bias, backend="reference")
+            torch.testing.assert_close(actual, expected)
+            assert all(gradient.norm() > 0 for gradient in actual[1:])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_logprobs_are_those_of_the_targets(backend, device):
+    x, matrix, bias, targets = inputs(6, 4, 20, device=device)
+    logprobs = fastlm.linear_logprobs(x, matrix, targets, linear_bias=bias, backend=backend)
+    every = F.linear(x, matrix, bias).log_softmax(-1)
+    expected = every.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    expected = expected.masked_fill(targets == -100, 0.0)
+    torch.testing.assert_close(logprobs, expected)
+    shifted = fastlm.linear_logprobs(x, matrix, targets, shift=1, backend=backend)
+    torch.testing.assert_close(
+        shifted, fastlm.linear_logprobs(x[:-1], matrix, targets[1:], backend=backend)
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top_k_are_the_largest_of_all(dtype, backend, device):
+    x, matrix, bias, _ = inputs(7, 4, 60, dtype, device)
+    x = x[:6].view(2, 3, 4)
+    with forced(rows=2):
+        logprobs, indices = fastlm.linear_top_k(
+            x, matrix, 5, linear_bias=bias, softcap=3.0, logit_scale=2.0, backend=backend
+        )
+    wide = F.linear(x.float(), matrix.float(), bias.float())
+    expected = transformed(wide, {"softcap": 3.0, "logit_scale": 2.0}).log_softmax(-1)
+    torch.testing.assert_close(logprobs, expected.topk(5).values)
+    torch.testing.assert_close(expected.gather(-1, indices), logprobs)
+    assert logprobs.shape == (2, 3, 5)
+    assert not logprobs.requires_grad
+
+
+# Through the real kernels in float64
+
+
+ALL = {"label_smoothing": 0.1, "softcap": 3.0, "logit_scale": 0.7, "z_loss": 0.1}
+
+
+def test_gradcheck_of_everything_cross_entropy_returns(device, monkeypatch):
+    force_tiny_blocks(monkeypatch)
+    logits, targets = cross_entropy_inputs(2, 35, torch.float64, device, ignored=0)
+    weight = weights(35, device).double()
+
+    def everything(x: Tensor) -> tuple[Tensor, ...]:
+        return flattened(
+            fastlm.cross_entropy(
+                x, targets, weight, **ALL, return_stats=True, reduction="none", backend="triton"
+            )
+        )
+
+    assert torch.autograd.gradcheck(everything, logits.requires_grad_(), nondet_tol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_of_everything_linear_cross_entropy_returns(reduction, device):
+    x, matrix, bias, targets = inputs(3, 2, 19, torch.float64, device)
+    weight = weights(19, device).double()
+
+    def everything(*params: Tensor) -> tuple[Tensor, ...]:
+        x, matrix, bias = params
+        return flattened(
+            fastlm.linear_cross_entropy(
+                x, matrix, targets, linear_bias=bias, weight=weight, **ALL,
+                return_stats=True, reduction=reduction, backend="triton",
+            )
+        )  # fmt: skip
+
+    leaves = [t.requires_grad_() for t in (x, matrix, bias)]
+    with forced(rows=2, block_v=8):
+        assert torch.autograd.gradcheck(everything, leaves, nondet_tol=0)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(weight=torch.ones(4)), ValueError, r"weight must have shape \(5,\)"),
+    (dict(weight=torch.ones(5, dtype=torch.int64)), TypeError, "weight must be one of float32"),
+    (dict(weight=[1.0] * 5), TypeError, "weight must be a tensor, got list"),
+    (dict(weight=torch.ones(5, requires_grad=True)), ValueError,
+     "weight must not require a gradient"),
+    (dict(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    (dict(label_smoothing=float("nan")), ValueError, r"label_smoothing must be in \[0, 1\]"),
+    (dict(softcap=0.0), ValueError, "softcap must be positive, or None, got 0.0"),
+    (dict(softcap=-1.0), ValueError, "softcap must be positive"),
+    (dict(z_loss=-1e-4), ValueError, "z_loss must be at least 0"),
+    (dict(logit_scale=float("inf")), ValueError, "logit_scale must be finite, got inf"),
+])  # fmt: skip
+def test_refuses(change, error, message):
+    targets = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(error, match=f"^cross_entropy: {message}"):
+        fastlm.cross_entropy(torch.zeros(3, 5), targets, **change)
+    with pytest.raises(error, match=f"^linear_cross_entropy: {message}"):
+        fastlm.linear_cross_entropy(torch.zeros(3, 2), torch.zeros(5, 2), targets, **change)
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_refuses_a_k_out_of_range(k):
+    with pytest.raises(ValueError, match=rf"linear_top_k: k must be in \[1, 5\], got {k}"):
+        fastlm.linear_top_k(torch.zeros(3, 2), torch.zeros(5, 2), k)
+
+
+# Any combination
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    values = {name: draw(st.booleans()) for name in OPTIONS if name != "reduction"}
+    return dict(
+        options={name: OPTIONS[name] for name, given in values.items() if given}
+        | {"reduction": draw(st.sampled_from(["mean", "sum", "none"]))},
+        rows=draw(st.integers(1, 20)),
+        vocab_size=draw(st.integers(1, 70)),
+        chunk=draw(st.integers(1, 20)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def check_problem(problem: dict[str, Any], device: str) -> None:
+    x, matrix, bias, targets = inputs(
+        problem["rows"], 5, problem["vocab_size"], torch.float64, device, seed=problem["seed"]
+    )
+    options = problem["options"]
+    with forced(rows=problem["chunk"], block_v=16):
+        actual = testing.run(linear, x, matrix, bias, targets, backend="triton", **options)
+    expected = testing.run(linear_definition, x, matrix, bias, targets, **options)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
+
+
+FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+
+@given(problem=problems())
+@settings(max_examples=20, derandomize=True, **FUZZ)
+def test_any_combination(problem, device):
+    check_problem(problem, device)
+
+
+@pytest.mark.slow
+@given(problem=problems())
+@settings(max_examples=200, **FUZZ)
+def test_two_hundred_combinations(problem, device):
+    check_problem(problem, device)
