@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastlm.ops._autograd import once_differentiable
 from fastlm.ops._checks import (
+    PLAIN,
     check_dtype,
+    check_integer,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -18,7 +20,7 @@ from fastlm.ops._checks import (
     check_that,
 )
 from fastlm.ops._define import define_op
-from fastlm.ops.cross_entropy import check_loss_arguments
+from fastlm.ops.cross_entropy import check_loss_arguments, is_usual_loss
 
 _OP = "linear_cross_entropy"
 BACKENDS = {
@@ -81,6 +83,7 @@ def linear_cross_entropy(
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
     dtype = _check(input, linear_weight, target, linear_bias, reduction)
+    check_integer(_OP, "ignore_index", ignore_index)
     target = target.long()
     if shift != 0:
         steps = target.shape[-1] if target.dim() > 0 else 0
@@ -88,7 +91,7 @@ def linear_cross_entropy(
             check_that(_OP, "shift", False, f"be in [0, {steps}]", shift)
         target = F.pad(target[..., shift:], (0, shift), value=ignore_index)
 
-    divisor, safe_divisor = _divisors(num_items, target, reduction, ignore_index)
+    divisor = _divisor(num_items, target, reduction, ignore_index)
     differentiable = (
         (input, linear_weight) if linear_bias is None else (input, linear_weight, linear_bias)
     )
@@ -100,6 +103,9 @@ def linear_cross_entropy(
     if reduction == "none":
         losses = _PerPosition.apply(input, linear_weight, linear_bias, *options)
         return _reduced(losses, reduction, divisor, shift)
+    # the gradients of no positions are zero, which 0 must not divide
+    counts = num_items is None and isinstance(divisor, Tensor)
+    safe_divisor = divisor.clamp(min=1) if counts else divisor
     return _Reduced.apply(input, linear_weight, linear_bias, *options, divisor, safe_divisor)
 
 
@@ -107,6 +113,8 @@ def _check(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, reduction: str
 ) -> torch.dtype:
     """Check all but numbers, and return the dtype to compute in."""
+    if _is_usual(input, linear_weight, target, linear_bias, reduction):
+        return input.dtype
     check_loss_arguments(_OP, "input", input, target, reduction)
     others = {"linear_weight": linear_weight}
     if linear_bias is not None:
@@ -126,6 +134,25 @@ def _check(
     return dtype
 
 
+def _is_usual(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, reduction: str
+) -> bool:
+    """All of the checks in one look, without bias and autocast: one by one they take longer."""
+    return (
+        type(input) in PLAIN
+        and type(linear_weight) in PLAIN
+        and linear_bias is None
+        and not torch._C._is_any_autocast_enabled()
+        and is_usual_loss(input, target, reduction)
+        and linear_weight.dim() == 2
+        and linear_weight.shape[1] == input.shape[-1]
+        and linear_weight.shape[0] > 0
+        and linear_weight.dtype == input.dtype
+        and linear_weight.device == input.device
+        and linear_weight.layout == torch.strided
+    )
+
+
 def _dtype_under_autocast(tensor: Tensor) -> torch.dtype:
     """What ``F.linear`` would cast ``tensor`` to: autocast leaves float64 alone."""
     device_type = tensor.device.type
@@ -136,15 +163,12 @@ def _dtype_under_autocast(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type)
 
 
-def _divisors(
+def _divisor(
     num_items: int | Tensor | None, target: Tensor, reduction: str, ignore_index: int
-) -> tuple[int | Tensor | None, int | Tensor | None]:
-    """What divides the summed loss, and what its gradients: those of no positions are zero."""
+) -> int | Tensor | None:
+    """What divides the summed loss."""
     if num_items is None:
-        if reduction != "mean":
-            return None, None
-        count = (target != ignore_index).sum()
-        return count, count.clamp(min=1)
+        return (target != ignore_index).sum() if reduction == "mean" else None
     check_that(_OP, "num_items", reduction != "none", 'be None with reduction="none"', num_items)
     if isinstance(num_items, Tensor):
         shape = tuple(num_items.shape)
@@ -154,20 +178,20 @@ def _divisors(
         num_items = torch.where(num_items > 0, num_items, 1)
     else:
         check_that(_OP, "num_items", num_items > 0, "be positive", num_items)
-    return num_items, num_items
+    return num_items
 
 
 def _reduced(losses: Tensor, reduction: str, divisor: int | Tensor | None, shift: int) -> Tensor:
     if reduction == "none":
         return losses[..., : losses.shape[-1] - shift] if shift else losses
     total = losses.sum()
-    if isinstance(divisor, Tensor):
+    if isinstance(divisor, Tensor) and divisor.is_floating_point():
         divisor = divisor.to(total.dtype)
     return total if divisor is None else total / divisor
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 class _Reduced(torch.autograd.Function):
@@ -203,8 +227,8 @@ class _Reduced(torch.autograd.Function):
         divisor = ctx.divisor if divisor is None else divisor
         scale = dloss if divisor is None else dloss / divisor
         # They are as large as the parameters, so they are scaled where they are, unless the graph
-        # was kept for another backward pass.
-        kept = torch.compiler.is_compiling() or _graph_is_kept()
+        # was kept for another backward pass or many gradients came in at once.
+        kept = torch.compiler.is_compiling() or _graph_is_kept() or _is_batched(scale)
         needs = ctx.needs_input_grad[:3]
         gradients = [
             (gradient * scale if kept else gradient.mul_(scale)).to(dtype) if needed else None
@@ -214,6 +238,7 @@ class _Reduced(torch.autograd.Function):
 
 
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 class _PerPosition(torch.autograd.Function):

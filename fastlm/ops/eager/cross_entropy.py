@@ -17,8 +17,11 @@ _CPU_BLOCK = 1 << 18
 
 def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     vocab_size = input.shape[-1]
-    check_targets("cross_entropy", target, vocab_size, ignore_index)
-    ignored, invalid, safe = classify(target, vocab_size, ignore_index)
+    usual = all_are_classes(target, vocab_size, ignore_index)
+    safe = target
+    if not usual:
+        check_targets("cross_entropy", target, vocab_size, ignore_index)
+        ignored, invalid, safe = classify(target, vocab_size, ignore_index)
     logits, targets = input.reshape(-1, vocab_size), safe.reshape(-1, 1)
     dtype = torch.promote_types(input.dtype, torch.float32)
     maximum, log_sum, losses = (input.new_empty(targets.shape, dtype=dtype) for _ in range(3))
@@ -34,7 +37,9 @@ def forward(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
         torch.sub(log_sum[rows], at_target, out=losses[rows])
     maximum.masked_fill_(log_sum.isnan(), torch.nan)
     losses, maximum, log_sum = (x.view(target.shape) for x in (losses, maximum, log_sum))
-    return losses.masked_fill_(ignored, 0.0).masked_fill_(invalid, torch.nan), maximum, log_sum
+    if not usual:
+        losses.masked_fill_(ignored, 0.0).masked_fill_(invalid, torch.nan)
+    return losses, maximum, log_sum
 
 
 def backward(
@@ -46,13 +51,16 @@ def backward(
     ignore_index: int,
 ) -> Tensor:
     vocab_size = input.shape[-1]
-    ignored, invalid, safe = classify(target, vocab_size, ignore_index)
-    weights = dlosses.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan)
+    usual = all_are_classes(target, vocab_size, ignore_index)
+    weights, safe = dlosses, target
+    if not usual:
+        ignored, invalid, safe = classify(target, vocab_size, ignore_index)
+        weights = dlosses.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan)
+        ignored = ignored.reshape(-1, 1)
     logits = input.reshape(-1, vocab_size)
-    columns = (x.reshape(-1, 1) for x in (weights, ignored, safe, maximum, log_sum))
-    weights, ignored, targets, maximum, log_sum = columns
+    columns = (x.reshape(-1, 1) for x in (weights, safe, maximum, log_sum))
+    weights, targets, maximum, log_sum = columns
     dinput = input.new_empty(logits.shape)
-    minus_one = torch.full_like(weights, -1.0)
     step = _rows_at_once(logits)
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
@@ -60,17 +68,26 @@ def backward(
         z = torch.sub(logits[rows].to(maximum.dtype), maximum[rows], out=wide)
         z.sub_(log_sum[rows]).exp_()
         # (p - 1) before the weight: the other order loses p when the target is nearly certain
-        z.scatter_add_(1, targets[rows], minus_one[rows]).mul_(weights[rows])
-        # 0 * NaN: an ignored row has gradient zero whatever its logits
-        z.masked_fill_(ignored[rows], 0.0)
+        z.scatter_(1, targets[rows], -1.0, reduce="add").mul_(weights[rows])
+        if not usual:
+            # 0 * NaN: an ignored row has gradient zero whatever its logits
+            z.masked_fill_(ignored[rows], 0.0)
         if wide is None:
             dinput[rows] = z
     return dinput.view(input.shape)
 
 
+def all_are_classes(targets: Tensor, vocab_size: int, ignore_index: int) -> bool:
+    """Whether no target is ignored or out of range: the usual batch.  Only looks at CPU tensors."""
+    if not targets.is_cpu or 0 <= ignore_index < vocab_size or targets.numel() == 0:
+        return False
+    least, most = targets.aminmax()
+    return int(least) >= 0 and int(most) < vocab_size
+
+
 def _rows_at_once(logits: Tensor) -> int:
     num_rows, vocab_size = logits.shape
-    return max(1, _CPU_BLOCK // vocab_size) if logits.device.type == "cpu" else max(1, num_rows)
+    return max(1, _CPU_BLOCK // vocab_size) if logits.is_cpu else max(1, num_rows)
 
 
 def forward_refuses(*args: object) -> None:

@@ -20,6 +20,7 @@ from fastlm.kernels._chunks import (
     wide_dtype,
     within_float16,
 )
+from fastlm.ops.eager.cross_entropy import all_are_classes
 from fastlm.ops.reference.cross_entropy import check_targets, log_sum_exp
 
 _OP = "linear_cross_entropy"
@@ -39,6 +40,7 @@ def forward(
     losses, lse, *_ = _run(
         None, input, linear_weight, linear_bias, target, None, ignore_index, False, False, False
     )
+    assert lse is not None, "no gradients were asked for"
     return losses, lse
 
 
@@ -89,15 +91,15 @@ def _run(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses and lse, unless ``lse`` is given, and gradients of ``(losses * dlosses).sum()``."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Losses and gradients of ``(losses * dlosses).sum()``; lse where no gradient is asked for."""
     vocab_size = linear_weight.shape[0]
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     dlosses = None if dlosses is None else dlosses.reshape(-1)
     lse = None if lse is None else lse.reshape(-1)
     kept = None
     # on a GPU a look at the targets would wait for it
-    if input.device.type == "cpu" and _may_be_ignored(targets, vocab_size, ignore_index):
+    if input.is_cpu and not all_are_classes(targets, vocab_size, ignore_index):
         check_targets("linear_cross_entropy", target, vocab_size, ignore_index)
         kept = (targets != ignore_index).nonzero()[:, 0]
         rows, targets = rows[kept], targets[kept]
@@ -110,18 +112,13 @@ def _run(
     if kept is not None:
         num_rows = target.numel()
         losses = losses.new_zeros(num_rows).index_copy_(0, kept, losses)
-        lse = lse.new_zeros(num_rows).index_copy_(0, kept, lse)
+        if lse is not None:
+            lse = lse.new_zeros(num_rows).index_copy_(0, kept, lse)
         if need_input:
             dinput = dinput.new_zeros(num_rows, dinput.shape[1]).index_copy_(0, kept, dinput)
     dinput = dinput.view(input.shape if need_input else 0)
-    return losses.view(target.shape), lse.view(target.shape), dinput, dweight, dbias
-
-
-def _may_be_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> bool:
-    """False where every target is a class and none can be ``ignore_index``: the usual batch."""
-    if 0 <= ignore_index < vocab_size:
-        return True
-    return bool(((targets < 0) | (targets >= vocab_size)).any())
+    lse = None if lse is None else lse.view(target.shape)
+    return losses.view(target.shape), lse, dinput, dweight, dbias
 
 
 def _sweep(
@@ -135,18 +132,21 @@ def _sweep(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """The same for ``(N, C)`` rows; on CPU none of them is ignored or out of range."""
     (num_rows, _), vocab_size, wide = input.shape, linear_weight.shape[0], wide_dtype(input)
-    on_cpu = input.device.type == "cpu"
+    on_cpu = input.is_cpu
     operand = Operand(wide) if on_cpu else tensor_core_operand(input, vocab_size)
     if on_cpu and linear_weight.numel() <= _WIDENED_ONCE:
         linear_weight = linear_weight.to(wide)
     bias = None if linear_bias is None else linear_bias.to(wide)
     losses = input.new_empty(num_rows, 1, dtype=wide)
-    lse = torch.empty_like(losses) if known_lse is None else known_lse[:, None]
+    any_gradient = need_input or need_weight or need_bias
+    lse = None if known_lse is None else known_lse[:, None]
+    if not any_gradient:
+        lse = torch.empty_like(losses)
     linear = LinearGradients(input, linear_weight, operand, need_input, need_weight)
-    dbias = input.new_zeros(vocab_size if need_bias else 0, dtype=wide)
+    dbias = losses.new_zeros(vocab_size) if need_bias else losses.new_empty(0)
 
     targets = targets[:, None]
     weights = factor = ignored = None
@@ -155,32 +155,31 @@ def _sweep(
     if not on_cpu:
         ignored = targets == ignore_index
         outside = (targets < 0) | (targets >= vocab_size)
-        weights = torch.ones_like(lse) if weights is None else weights
+        weights = torch.ones_like(losses) if weights is None else weights
         weights = weights.masked_fill(outside, torch.nan)
         targets = targets.masked_fill(outside, 0)
 
     step = rows_per_chunk(num_rows, vocab_size, input.device.type)
     buffer = input.new_empty(step, vocab_size, dtype=wide)
-    minus_one = buffer.new_full((step, 1), -1.0)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         y, z = targets[rows], buffer[: rows.stop - start]
         matmul(z, input[rows], linear_weight.t())
         if bias is not None:
             z.add_(bias)
-        if known_lse is not None:
-            z.sub_(lse[rows]).exp_()
-        elif need_input or need_weight or need_bias:
-            # in one pass over each row, while it is in the cache; its lse is not asked for
-            torch.log_softmax(z, 1, out=z)
-            torch.neg(z.gather(1, y), out=losses[rows])
-            z.exp_()
-        else:
+        if not any_gradient:
             lse[rows] = log_sum_exp(z)[:, None]
             torch.sub(lse[rows], z.gather(1, y), out=losses[rows])
             continue
+        if lse is not None:
+            z.sub_(lse[rows]).exp_()
+        else:
+            # in one pass over each row, while it is in the cache
+            torch.log_softmax(z, 1, out=z)
+            torch.neg(z.gather(1, y), out=losses[rows])
+            z.exp_()
         # p - 1 before the weight: the other order loses p when the target is nearly certain
-        z.scatter_add_(1, y, minus_one[: z.shape[0]])
+        z.scatter_(1, y, -1.0, reduce="add")
         if weights is not None:
             z.mul_(weights[rows])
         if ignored is not None:
@@ -191,11 +190,12 @@ def _sweep(
         linear.add(rows, dlogits, y[:, 0], residuals)
     if ignored is not None:
         losses.masked_fill_(outside, torch.nan).masked_fill_(ignored, 0.0)
-        lse = lse.masked_fill(ignored, 0.0)
+        lse = None if lse is None else lse.masked_fill(ignored, 0.0)
     if factor is not None:
         for gradient in (linear.dinput, linear.dweight, dbias):
             gradient.mul_(factor)
-    return losses[:, 0], lse[:, 0], linear.dinput, linear.dweight, dbias
+    lse = None if lse is None else lse[:, 0]
+    return losses[:, 0], lse, linear.dinput, linear.dweight, dbias
 
 
 def _rounded(dlogits: Tensor, targets: Tensor, operand: Operand) -> tuple[Tensor, Tensor | None]:
