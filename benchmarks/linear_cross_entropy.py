@@ -16,7 +16,12 @@ GPU = [
     Problem({"N": 8192, "C": 2048, "V": 128_256}),
     Problem({"N": 8192, "C": 4096, "V": 128_256}),
 ]
-CPU = [Problem({"N": 512, "C": 256, "V": 8_192}), Problem({"N": 512, "C": 256, "V": 50_257})]
+# characters, a small tokenizer, GPT-2's padded
+CPU = [
+    Problem({"N": 768, "C": 128, "V": 65}),
+    Problem({"N": 1_024, "C": 768, "V": 8_192}),
+    Problem({"N": 1_024, "C": 768, "V": 50_304}),
+]
 
 
 @benchmark("linear_cross_entropy", cuda=GPU, cpu=CPU, quick=CPU[:1])

@@ -9,9 +9,10 @@ from fastlm.ops._checked import KernelMismatch, checked
 from fastlm.ops._checks import check_choice
 from fastlm.ops._explain import Explanation
 from fastlm.ops.attention import causal_attention
-from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.cross_entropy import LossStats, cross_entropy
 from fastlm.ops.glu import glu, swiglu
-from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
+from fastlm.ops.linear_top_k import TopK, linear_top_k
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import apply_rotary
 
@@ -23,12 +24,14 @@ OPS = {
         cross_entropy,
         glu,
         linear_cross_entropy,
+        linear_logprobs,
+        linear_top_k,
         rms_norm,
         swiglu,
     )
 }
 
-__all__ = ["Explanation", "KernelMismatch", "checked", "explain", *OPS]
+__all__ = ["Explanation", "KernelMismatch", "LossStats", "TopK", "checked", "explain", *OPS]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:

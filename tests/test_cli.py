@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import json
@@ -11,12 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from support.models import tiny_config
 
 import fastlm
 from fastlm.cli import COMMANDS, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, doctor, main
 from fastlm.cli.generate import GenerateOptions
+from fastlm.inference import language_model, next_token
 from fastlm.inference.language_model import LanguageModel
-from fastlm.training.config import read_config
+from fastlm.training.config_file import read_config
 
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 400
 TINY = ("--tokenizer", "char", "--steps", "2", "--context", "16", "--batch-size", "2",
@@ -107,6 +111,13 @@ assert "torch" not in sys.modules
         (["generate", "x"], "--prompt"),
         (["generate", "x", "--prompt", "y", "--temperature", "nan"], "temperature must be finite"),
         (["next", "x"], "STR"),
+        (["next", "x", "y", "--plot", "z.foo"], "path must end in .png, .svg, .pdf, .jpg, got"),
+        (["next", "x", "y", "--plto", "z.png"], "did you mean --plot?"),
+        (["train", "--resume", "latest", "--out", "nowhere"], "out must hold the run to resume"),
+        (["train", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["train", "--steps", "-3"], "steps must be at least 1, got -3"),
+        (["train", "--prompt", "\udcff"], "prompt must be text that UTF-8 can hold"),
+        (["demo", "--steps", "0"], "steps must be at least 1, got 0"),
         (["doctor", "--jsn"], "did you mean --json?"),
     ],
 )
@@ -161,15 +172,23 @@ def test_bad_corpora_are_one_line(tmp_path, capsys):
         "latin.txt": "UTF-8",
     }.items():
         code, line = failure(capsys, "train", "--data", tmp_path / name, *out)
-        assert code in (FAILED, USAGE)
+        assert code == FAILED
         assert message in line
+
+
+def test_out_that_is_a_file_is_one_line(folder, capsys):
+    text = folder / "corpus.txt"
+    assert failure(capsys, "train", "--data", text, "--out", text, *TINY) == (
+        USAGE, f"fastlm: train: out must be a folder, got the file {text}"
+    )  # fmt: skip
+    assert text.read_text() == TEXT
 
 
 def test_unwritable_run_folder_is_one_line(folder, capsys):
     blocked = folder / "corpus.txt" / "run"
     data = ("--data", folder / "corpus.txt")
     code, line = failure(capsys, "train", *data, "--out", blocked, *TINY)
-    assert code in (FAILED, USAGE)
+    assert code == FAILED
     assert "corpus.txt" in line
 
 
@@ -185,7 +204,7 @@ def test_an_existing_run_is_never_overwritten(folder, run, capsys):
 def test_missing_model_is_one_line(command, tmp_path, capsys):
     name, *flag = command
     code, line = failure(capsys, name, tmp_path / "nothing", *flag, "x")
-    assert code in (FAILED, USAGE)
+    assert code == FAILED
     assert "nothing" in line
 
 
@@ -195,7 +214,7 @@ def test_damaged_weights_are_one_line(folder, run, tmp_path, capsys):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     code, line = failure(capsys, "next", copy, "the ")
-    assert code in (FAILED, USAGE)
+    assert code == FAILED
     assert "model.safetensors" in line
 
 
@@ -203,6 +222,43 @@ def test_prompt_longer_than_the_context_is_one_line(run, capsys):
     code, line = failure(capsys, "generate", run, "--prompt", "the cat sat on the mat")
     assert code == USAGE
     assert "context of 16 tokens, got 22" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be a number of at least 0, got -1.0"),
+        (["--max-new-tokens", "-1"], "max_new_tokens must be a whole number of at least 0, got -1"),
+        (["--stop", ""], "stop must be strings that are not empty"),
+        (["--seed", str(2**64)], "seed must be a whole number of 64 bits"),
+        (["--prompt", "\udcff"], "text must be text that UTF-8 can hold"),
+        (["--prompt", "☃"], "prompt must have at least one token, got none"),
+    ],
+)
+def test_wrong_values_are_one_line_and_code_2(flags, message, run, capsys):
+    code, line = failure(capsys, "generate", run, "--prompt", "the ", *flags)
+    assert code == USAGE
+    assert message in line
+
+
+def test_an_unusable_picture_is_refused_before_the_model_is_read(run, monkeypatch, capsys):
+    def read(*args, **kwargs):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(language_model, "load", read)
+    assert failure(capsys, "next", run, "the ", "--plot", "x.foo")[0] == USAGE
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, line = failure(capsys, "next", run, "the ", "--plot", "x.png")
+    assert (code, line) == (FAILED, "fastlm: plot needs matplotlib: pip install 'fastlm[plot]'")
+
+
+def test_demo_refuses_a_long_prompt_before_training(folder, tmp_path, capsys):
+    out = tmp_path / "demo"
+    flags = ("--data", folder / "corpus.txt", "--out", out, "--prompt", "cat dog " * 300)
+    code, line = failure(capsys, "demo", *flags)
+    assert code == USAGE
+    assert "prompt must fit in the context of 256 tokens, got " in line
+    assert list(out.iterdir()) == []
 
 
 # ---- commands
@@ -265,12 +321,35 @@ def test_ctrl_c_is_130(monkeypatch, capsys):
     assert failure(capsys, "doctor") == (INTERRUPTED, "fastlm: interrupted")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    def buggy(argv):
-        json.loads("{")
+BUGS = {
+    json.JSONDecodeError: lambda: json.loads("{"),
+    # raised by our own lines
+    KeyError: lambda: doctor.example("no op", "cpu"),
+    TypeError: lambda: next_token._bar(None, 3),
+    AttributeError: lambda: fastlm.nothing,
+    ValueError: lambda: fastlm.CausalLM(tiny_config())(torch.zeros(3)),
+    RuntimeError: lambda: torch.ones(2) @ torch.ones(3),
+}
 
-    monkeypatch.setattr(doctor, "run", buggy)
-    with pytest.raises(json.JSONDecodeError):
+
+@pytest.mark.parametrize("error", BUGS)
+def test_a_bug_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda argv: BUGS[error]())
+    with pytest.raises(error):
+        main(["doctor"])
+
+
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
+    def needy(argv):
+        import a_package_that_is_not_there  # noqa: F401
+
+    monkeypatch.setattr(doctor, "run", needy)
+    assert failure(capsys, "doctor") == (
+        FAILED,
+        "fastlm: No module named 'a_package_that_is_not_there'; fastlm doctor says what is missing",
+    )
+    monkeypatch.setattr(doctor, "run", lambda argv: importlib.import_module("fastlm.nothing"))
+    with pytest.raises(ModuleNotFoundError):
         main(["doctor"])
 
 

@@ -116,7 +116,7 @@ def test_a_named_backend_never_falls_through(device):
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    monkeypatch.setattr(_dispatch, "_device_type", lambda args: "cuda")
+    monkeypatch.setattr(_dispatch, "_on_gpu", lambda args: True)
     _dispatch._warn_once.cache_clear()
 
     def backend(reason: str | None) -> SimpleNamespace:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from support.models import tiny_model, tiny_tokenizer
+from support.models import tiny_config, tiny_model, tiny_tokenizer
 
 import fastlm
 from fastlm.inference.text import StopStrings, TextStream
@@ -150,7 +150,8 @@ def test_stream_says_why_it_ends(lm):
 
 
 def test_stream_checks_its_arguments_before_the_first_item(lm):
-    for options in ({"temperature": -1.0}, {"stop": ""}, {"max_new_tokens": -1}):
+    wrong = ({"temperature": -1.0}, {"stop": ""}, {"max_new_tokens": -1}, {"seed": 2**64})
+    for options in wrong:
         with pytest.raises(ValueError, match="must"):
             lm.stream("the", **options)
     with pytest.raises(ValueError, match="prompt must fit in the context of 64 tokens, got"):
@@ -224,8 +225,29 @@ def test_score_is_the_probability_of_the_continuation(lm):
     assert score.logprob == pytest.approx(sum(want), abs=1e-3)
     with pytest.raises(ValueError, match="continuation must have at least one token"):
         lm.score("the cat", "")
-    with pytest.raises(ValueError, match="must fit in the context of 64 tokens"):
+    with pytest.raises(ValueError, match="continuation must fit in the context of 64 tokens"):
         lm.score("the cat", "x" * 100)
+    with pytest.raises(ValueError, match="score: prompt must fit in the context of 64 tokens"):
+        lm.score("x" * 100, "the cat")
+
+
+def test_score_after_nothing_needs_a_token_that_starts_a_text(lm):
+    for continuation in ("the cat", "", "t"):
+        with pytest.raises(ValueError, match="score: prompt must have at least one token"):
+            lm.score("", continuation)
+    config = tiny_config(vocab_size=lm.model.config.vocab_size, bos_token_id=EOS)
+    model = fastlm.CausalLM(config)
+    model.load_state_dict(lm.model.state_dict())
+    starting = fastlm.LanguageModel(model, lm.tokenizer)
+    ids = [EOS, *lm.encode("the cat")]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    want = [logprobs[n, token].item() for n, token in enumerate(ids[1:])]
+    assert list(starting.score("", "the cat").logprobs) == pytest.approx(want, abs=1e-4)
+    # nothing is left of a character that the tokenizer does not know, but that is no empty prompt
+    starting.encode = lambda text: []
+    with pytest.raises(ValueError, match="prompt must have at least one token"):
+        starting.generate("☃", 1)
 
 
 def test_score_splits_at_the_seam_where_a_token_would_span_it(lm):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.disk import files_of_at_most
 from support.models import tiny_config, tiny_model
 
 import fastlm
@@ -259,6 +260,29 @@ def test_a_size_that_is_missing_is_named(tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(fastlm.ModelFileError, match="needs intermediate_size"):
         fastlm.CausalLM.from_pretrained(tmp_path)
+
+
+def test_saving_on_a_full_disk_keeps_what_was_there(ids, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    logits = logits_of(model, ids)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with (
+        files_of_at_most(4000),
+        pytest.raises(
+            fastlm.ModelFileError, match=r"model.safetensors: cannot be written: .*large"
+        ),
+    ):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(fastlm.CausalLM.from_pretrained(tmp_path), ids), logits)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_all_files_may_be_read_by_whom_the_umask_lets(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "plain").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_saving_over_a_folder_that_is_open_replaces_it(ids, tmp_path):

@@ -24,6 +24,7 @@ LAYERS = [
     ("fastlm.ops",),
     ("fastlm.functional",),
     ("fastlm.nn",),
+    ("fastlm._errors",),
     ("fastlm.model",),
     ("fastlm.inference",),
     ("fastlm.training",),

@@ -525,6 +525,7 @@ WRONG = [
     ({"num_items": 3, "reduction": "none"}, ValueError, "num_items must be None with reduction"),
     ({"shift": -1}, ValueError, r"shift must be in \[0, 4\], got -1"),
     ({"shift": 5}, ValueError, r"shift must be in \[0, 4\], got 5"),
+    ({"ignore_index": 2.5}, TypeError, "ignore_index must be an integer, got float"),
     ({"backend": "numpy"}, ValueError, "backend must be one of"),
     ({"backend": "cuda"}, NotImplementedError, "linear_cross_entropy has no cuda backend"),
 ]

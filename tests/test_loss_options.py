@@ -152,7 +152,7 @@ EXTREME = {
 @pytest.mark.parametrize("options", EXTREME.values(), ids=EXTREME.keys())
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_float16_gradients_of_logits_do_not_overflow(reduction, options, device):
-    x, matrix, bias, targets = inputs(12, 8, 160, torch.float16, device)
+    x, matrix, _, targets = inputs(12, 8, 160, torch.float16, device)
     options = {name: v.to(device) if name == "weight" else v for name, v in options.items()}
 
     def run(**more: Any) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ from support.models import tiny_model, tiny_tokenizer
 
 import fastlm
 from fastlm.inference.next_token import NextToken
+from fastlm.inference.picture import KINDS
 
 PNG = b"\x89PNG"
 
@@ -43,6 +44,19 @@ def test_is_the_softmax_of_the_last_logits(temperature, lm):
     assert got.tokens == tuple(lm.tokenizer.decode([i]) for i in got.ids)
     assert got.covered == pytest.approx(probs.sum().item(), rel=1e-4)
     assert got.vocab_size == len(logits)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300, 5e-324])
+def test_a_tiny_temperature_leaves_the_most_likely_alone(temperature, lm):
+    got = lm.next_token("the cat", top_k=3, temperature=temperature)
+    assert got.ids[0] == lm.next_token("the cat", top_k=1).ids[0]
+    assert got.probs == (1.0, 0.0, 0.0) and got.entropy == 0
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    rows = json.loads(json.dumps(got.to_dict()), parse_constant=no_constant)["top_logprobs"]
+    assert rows[0]["logprob"] == 0 and rows[1]["logprob"] in (None, pytest.approx(got.logprobs[1]))
 
 
 def test_entropy_is_in_nats(known):
@@ -89,6 +103,19 @@ def test_plot_draws_one_bar_per_token(lm, tmp_path):
     assert drawing.count('id="patch_') >= 12
 
 
+@pytest.mark.parametrize("name", ["next.foo", "next", "next.png.txt", ".png"])
+def test_plot_says_which_pictures_there_are(name, known, tmp_path):
+    with pytest.raises(ValueError, match=r"plot: path must end in \.png, \.svg, \.pdf, \.jpg, got"):
+        known.plot(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ".PNG"])
+def test_plot_draws_each_of_them(kind, known, tmp_path):
+    known.plot(tmp_path / f"next{kind}")
+    assert (tmp_path / f"next{kind}").stat().st_size > 1000
+
+
 def test_plot_without_matplotlib_says_what_to_install(known, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -104,7 +131,8 @@ def test_plot_without_matplotlib_says_what_to_install(known, tmp_path, monkeypat
         ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
         ({"temperature": float("inf")}, "temperature must be above 0, got inf"),
         ({"prompt": ""}, "prompt must have at least one token"),
-        ({"prompt": "the cat " * 99}, "prompt must fit in the context of 64 tokens"),
+        ({"prompt": "the cat " * 99}, "^next_token: prompt must fit in the context of 64 tokens"),
+        ({"prompt": "the \udcff"}, r"text must be text that UTF-8 can hold, got '\\udcff' at .* 4"),
     ],
 )
 def test_values_out_of_range_are_named(options, message, lm):

@@ -50,9 +50,23 @@ def test_equal_logits_keep_exactly_k():
     assert (Sampling(top_k=3).filtered(torch.zeros(10)).isfinite()).sum() == 3
 
 
-def test_a_tiny_temperature_is_greedy_and_finite():
-    x = Sampling(temperature=1e-30).filtered(torch.tensor([1e4, 3e4, -1e4]))
-    assert x.softmax(-1).tolist() == [0, 1, 0]
+# the last two are 0 in float32, and the smallest number there is in float64
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-46, 1e-320, 5e-324])
+def test_a_tiny_temperature_is_greedy_and_finite(temperature):
+    logits = torch.tensor([1e4, 3e4, -1e4, -torch.inf])
+    x = Sampling(temperature=temperature).filtered(logits)
+    assert x.softmax(-1).tolist() == [0, 1, 0, 0]
+    close = torch.tensor([1.0, 1.0 + 2**-23, 1.0 + 2**-23])
+    shared = Sampling(temperature=temperature).filtered(close).softmax(-1)
+    assert shared.tolist() == [0, 0.5, 0.5]
+    assert Sampling(temperature=temperature).draw(logits, None) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1.7e308])
+def test_a_huge_temperature_draws_all_tokens_alike(temperature):
+    logits = torch.tensor([1e4, 3e4, -1e4, 0.0, -torch.inf])
+    x = Sampling(temperature=temperature).filtered(logits)
+    assert x.softmax(-1).tolist() == [0.25, 0.25, 0.25, 0.25, 0]
 
 
 def test_draws_have_the_frequencies_of_the_distribution(device):
@@ -74,6 +88,12 @@ def test_seeds_repeat_and_leave_the_global_generator_alone(device):
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert not torch.equal(*unseeded)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 0.5])
+def test_a_seed_that_is_no_seed_is_named(seed):
+    with pytest.raises(ValueError, match=f"seed must be a whole number of 64 bits, got {seed}"):
+        new_generator(seed, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rules", [{}, {"temperature": 0}, {"temperature": 0.0, "top_k": 3}])

@@ -20,7 +20,8 @@ import yaml
 import fastlm
 from fastlm.training import loop
 from fastlm.training.checkpoint import load_latest
-from fastlm.training.config import ConfigError, TrainConfig, read_config, write_config
+from fastlm.training.config import ConfigError, TrainConfig
+from fastlm.training.config_file import read_config, write_config
 from fastlm.training.data import DataError
 from fastlm.training.loop import IGNORE_INDEX, NonFiniteError, accumulate_gradients
 
@@ -90,6 +91,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         ("validation", 0.0, "be above 0 and at most 0.5"),
         ("validation", math.inf, "be above 0 and at most 0.5"),
         ("num_attention_heads", 3, "divide hidden_size 128"),
+        ("resume", "newest", "be latest or a checkpoint such as step-000500"),
+        ("resume", "../step-000500", "be latest or a checkpoint such as step-000500"),
         ("num_key_value_heads", 3, "divide num_attention_heads"),
         ("context", 0, "be at least 1"),
         ("short_context", 7, "divide context"),
@@ -107,6 +110,21 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_bad_setting_is_named_with_its_range(name: str, value: Any, requirement: str) -> None:
     with pytest.raises(ConfigError, match=rf"^train: {name} must {requirement}.*, got {value!r}$"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 1024}, "num_attention_heads must .* heads of even width, 256 at most"),
+        ({"resume": "latest", "overwrite": True}, "overwrite must be false to resume, got True"),
+        ({"prompt": "a\udcffb"}, r"prompt must be text that UTF-8 can hold, got '\\udcff' at .* 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^train: {message}"):
+        TrainConfig(**settings)
 
 
 @pytest.mark.parametrize("size", ["nano", "micro", "mini", "small"])
@@ -403,6 +421,14 @@ def test_run_that_is_there_is_not_overwritten(tmp_path: Path, no_report: None) -
         ({"hidden_size": 64}, "hidden_size must stay 32 to resume, got 64"),
         ({"optimizer": "adamw"}, "optimizer must stay 'muon' to resume, got 'adamw'"),
         ({"qk_norm": False}, "qk_norm must stay True to resume, got False"),
+        ({"data": None}, r"data must stay '.*corpus.txt' to resume, got None"),
+        ({"data": "other.txt"}, r"data must stay '.*corpus.txt' to resume, got 'other.txt'"),
+        ({"validation": 0.2}, r"validation must stay 0.1 to resume, got 0.2"),
+        ({"batch_size": 4}, "batch_size must stay 8 to resume, got 4"),
+        ({"grad_accumulation": 2}, "grad_accumulation must stay 1 to resume, got 2"),
+        ({"short_context": 8}, "short_context must stay 16 to resume, got 8"),
+        ({"seed": 2}, "seed must stay 1337 to resume, got 2"),
+        ({"size": "micro"}, "size must stay 'nano' to resume, got 'micro'"),
     ],
 )
 def test_resuming_another_shape_is_refused(
@@ -411,6 +437,39 @@ def test_resuming_another_shape_is_refused(
     fastlm.train(tiny(tmp_path, steps=2))
     with pytest.raises(ConfigError, match=message):
         fastlm.train(tiny(tmp_path, steps=2, resume="latest", **change))
+
+
+def test_another_way_to_the_same_corpus_is_no_other_corpus(
+    tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastlm.train(tiny(tmp_path, steps=2))
+    monkeypatch.chdir(tmp_path)
+    fastlm.train(tiny(tmp_path, steps=3, resume="latest", data="./corpus.txt"))
+
+
+def test_damaged_metrics_are_named(tmp_path: Path, no_report: None) -> None:
+    fastlm.train(tiny(tmp_path, steps=2))
+    metrics = tmp_path / "run/metrics.jsonl"
+    for damage in (b"\xff\n", b"{\n", b"3\n", b"{}\n"):
+        metrics.write_bytes(metrics.read_bytes() + damage)
+        with pytest.raises(DataError, match=r"metrics\.jsonl is damaged"):
+            fastlm.train(tiny(tmp_path, steps=3, resume="latest"))
+    metrics.unlink()
+    fastlm.train(tiny(tmp_path, steps=3, resume="latest"))
+    assert rows(tmp_path)[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_prompt_longer_than_the_context_is_refused_before_training(
+    resume: str | None, tmp_path: Path, no_report: None
+) -> None:
+    if resume:
+        fastlm.train(tiny(tmp_path, steps=2))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match="prompt must fit in the context of 32 tokens, got 33"):
+        fastlm.train(tiny(tmp_path, prompt="7" * 33, resume=resume))
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert after == before | {tmp_path / "corpus.txt": TEXT.encode()}
 
 
 def test_resuming_nothing_is_refused(tmp_path: Path) -> None:

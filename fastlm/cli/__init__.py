@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import io
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import fastlm
+from fastlm._errors import ArgumentError, UserError
 
 # command -> what it does, in one line; the module of the same name holds ``run(argv) -> exit code``
 COMMANDS = {
@@ -64,34 +66,28 @@ def _guarded(command: str, argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except ArgumentError as error:
+        return _fail(str(error), USAGE)
+    except (UserError, FloatingPointError) as error:
+        return _fail(str(error), FAILED)
     except OSError as error:
         return _fail(_described(error), FAILED)
-    except (ValueError, TypeError) as error:
-        if not _is_ours(error):
+    except ModuleNotFoundError as error:
+        if (error.name or "fastlm").partition(".")[0] == "fastlm":
             raise
-        return _fail(str(error), USAGE)
-    except (LookupError, ArithmeticError, RuntimeError, ImportError) as error:
-        if not _is_ours(error):
-            raise
-        return _fail(str(error), FAILED)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether a line of fastlm raised it, in words meant for users."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("fastlm")
+        return _fail(f"{error}; fastlm doctor says what is missing", FAILED)
 
 
 def _described(error: OSError) -> str:
-    if error.filename is None or error.strerror is None:
+    if error.strerror is None:
         return str(error)
-    return f"{error.filename}: {error.strerror}"
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"fastlm: {message}", file=sys.stderr)
+    # where standard error is closed too, the exit code is all there is to say
+    with contextlib.suppress(BrokenPipeError):
+        print(f"fastlm: {message}", file=sys.stderr)
     return code
 
 

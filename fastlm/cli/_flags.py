@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 from collections.abc import Sequence
@@ -10,32 +11,42 @@ from typing import TypeVar
 
 import tyro
 
+from fastlm._errors import ArgumentError
+
 Options = TypeVar("Options")
 
 
 def parse(
-    options: type[Options], command: str, argv: Sequence[str], default: Options | None = None
+    options: type[Options],
+    command: str,
+    argv: Sequence[str],
+    default: Options | None = None,
+    *,
+    more_help: str = "",
 ) -> Options:
     """Read ``argv`` over ``default`` into the dataclass ``options``, whose docstrings are the help.
 
     Raises:
-        ValueError: A flag is unknown, missing or has a wrong value; one line, nearest flag named.
+        ArgumentError: A flag is unknown, missing or has a wrong value; one line, with the nearest
+            flag.
         SystemExit: After printing help.
     """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             name = f"fastlm {command}"
+            promise = (inspect.getdoc(options) or "").partition("\n\nRaises:")[0]
+            about = f"{promise}\n\n{more_help}".rstrip()
             if default is None:
-                return tyro.cli(options, args=list(argv), prog=name)
-            return tyro.cli(options, args=list(argv), prog=name, default=default)
+                return tyro.cli(options, args=list(argv), prog=name, description=about)
+            return tyro.cli(options, args=list(argv), prog=name, description=about, default=default)
     except SystemExit as stop:
         if stop.code == 0:
             raise
         line = _one_line(said.getvalue())
         # what the dataclass itself raises names the command already
         line = line.removeprefix(f"Error parsing {options.__name__}: ").removeprefix(f"{command}: ")
-        raise ValueError(f"{command}: {line}") from None
+        raise ArgumentError(f"{command}: {line}") from None
 
 
 def _one_line(box: str) -> str:
@@ -63,7 +74,7 @@ def take(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     """The value of ``--flag VALUE`` or ``--flag=VALUE``, and the arguments without it.
 
     Raises:
-        ValueError: The flag has no value.
+        ArgumentError: The flag has no value.
     """
     rest: list[str] = []
     found: str | None = None
@@ -75,5 +86,5 @@ def take(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
             continue
         found = value if equals else next(words, "")
         if not found:
-            raise ValueError(f"{flag} needs a value")
+            raise ArgumentError(f"{flag} needs a value")
     return found, rest

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fastlm
+from fastlm._errors import ArgumentError
 from fastlm.cli import FAILED
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "pyyaml")
@@ -29,7 +30,8 @@ TRITON_INTERPRET=1 fastlm doctor tests the Triton kernels without a GPU."""
 def run(argv: Sequence[str]) -> int:
     unknown = [word for word in argv if word not in ("--json", "-h", "--help")]
     if unknown:
-        raise ValueError(f"doctor: unrecognized options: {' '.join(unknown)}, did you mean --json?")
+        words = " ".join(unknown)
+        raise ArgumentError(f"doctor: unrecognized options: {words}, did you mean --json?")
     if set(argv) & {"-h", "--help"}:
         print(USAGE_TEXT)
         return 0

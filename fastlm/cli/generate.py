@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
+from fastlm._errors import ArgumentError
 from fastlm.cli._flags import parse
 
 
@@ -21,7 +22,7 @@ class GenerateOptions:
     """
 
     run: Positional[str]
-    """Run folder, or any model folder in Hugging Face's layout."""
+    """Run folder, any model folder in Hugging Face's layout, or a name on the Hugging Face hub."""
     prompt: str
     """Text to continue."""
     max_new_tokens: int = 128
@@ -43,7 +44,7 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         # before the model is read; what torch need not judge is judged by generate itself
         if self.temperature is not None and not math.isfinite(self.temperature):
-            raise ValueError(f"generate: temperature must be finite, got {self.temperature}")
+            raise ArgumentError(f"generate: temperature must be finite, got {self.temperature}")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from fastlm.cli._flags import parse
+from fastlm.inference import picture
 
 if TYPE_CHECKING:
     from fastlm.inference.next_token import NextToken
@@ -20,7 +21,7 @@ class NextOptions:
     """Show the distribution of the next token after a prompt."""
 
     run: Positional[str]
-    """Run folder, or any model folder in Hugging Face's layout."""
+    """Run folder, any model folder in Hugging Face's layout, or a name on the Hugging Face hub."""
     prompt: Positional[str]
     """Text before the token."""
     top_k: int = 10
@@ -28,9 +29,14 @@ class NextOptions:
     temperature: float = 1.0
     """Divides the logits; 1 shows what the model believes."""
     plot: str | None = None
-    """Also draw the bars into this file, next.png for example."""
+    """Also draw the bars into this file: .png, .svg, .pdf or .jpg."""
     json: bool = False
     """Print JSON instead of bars."""
+
+    def __post_init__(self) -> None:
+        # before the model is read
+        if self.plot is not None:
+            picture.check(self.plot)
 
 
 def run(argv: Sequence[str]) -> int:

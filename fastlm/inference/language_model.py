@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from fastlm._errors import ArgumentError, check_text
 from fastlm.inference.next_token import NextToken
 from fastlm.inference.text import StopStrings, TextStream
 from fastlm.model.checkpoint import ModelFileError
-from fastlm.model.generate import decode, new_tokens
+from fastlm.model.generate import check_prompt, decode, new_tokens
+from fastlm.model.hub import model_folder
 from fastlm.model.sampling import Sampling, new_generator
 from fastlm.model.transformer import CausalLM
 
@@ -70,7 +72,12 @@ class LanguageModel:
         self.tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer puts around a text."""
+        """Token ids, with the special tokens that the tokenizer puts around a text.
+
+        Raises:
+            ArgumentError: The text has lone surrogates; a ValueError.
+        """
+        check_text("encode: text", text)
         return self.tokenizer.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -106,7 +113,8 @@ class LanguageModel:
             stop: A string, or strings, to end before.
 
         Raises:
-            ValueError: An argument is out of range, or the prompt is longer than the context.
+            ArgumentError: One is out of range, or the prompt empty or longer than the context; a
+                ValueError.
             FloatingPointError: The model's logits are not finite.
         """
         items = self.stream(
@@ -142,20 +150,19 @@ class LanguageModel:
         prompt_ids = self._prompt_ids(prompt)
         count = new_tokens(self.model, len(prompt_ids), max_new_tokens)
         limit = "length" if count == max_new_tokens else "context"
-        return self._stream(prompt_ids, count, limit, sampling, stops, seed)
+        ids = self._tensor(prompt_ids)
+        steps = decode(self.model, ids, count, sampling, new_generator(seed, ids.device))
+        return self._stream(prompt_ids, count, limit, steps, stops)
 
     def _stream(
         self,
         prompt_ids: list[int],
         count: int,
         limit: str,
-        sampling: Sampling,
+        steps: Iterator[tuple[torch.Tensor, torch.Tensor]],
         stops: StopStrings,
-        seed: int | None,
     ) -> Iterator[StreamItem]:
-        ids = self._tensor(prompt_ids)
         texts = TextStream(self.tokenizer, prompt_ids)
-        steps = decode(self.model, ids, count, sampling, new_generator(seed, ids.device))
         for number, (tokens, logits) in enumerate(steps, start=1):
             token = int(tokens.item())
             logprob = logits[0].float().log_softmax(dim=-1)[token].item()
@@ -174,15 +181,16 @@ class LanguageModel:
         """The ``top_k`` most likely next tokens after ``prompt``, with their probabilities.
 
         Raises:
-            ValueError: An argument is out of range, or the prompt is longer than the context.
+            ArgumentError: One is out of range, or the prompt empty or longer than the context; a
+                ValueError.
             FloatingPointError: The model's logits are not finite.
         """
         if not (isinstance(top_k, int) and top_k > 0):
-            raise ValueError(f"next_token: top_k must be a whole number above 0, got {top_k}")
+            raise ArgumentError(f"next_token: top_k must be a whole number above 0, got {top_k}")
         if not 0 < temperature < float("inf"):
-            raise ValueError(f"next_token: temperature must be above 0, got {temperature}")
+            raise ArgumentError(f"next_token: temperature must be above 0, got {temperature}")
         ids = self._prompt_ids(prompt)
-        new_tokens(self.model, len(ids), 0)
+        check_prompt("next_token", len(ids), self.model.config.max_position_embeddings)
         logits = self.model(self._tensor(ids), logits_to_keep=1).logits[0, -1]
         if not logits.amax().isfinite():
             raise FloatingPointError("next_token: the model's logits are not finite")
@@ -195,18 +203,20 @@ class LanguageModel:
         Where a token would span the seam, the two are tokenized apart.
 
         Raises:
-            ValueError: The two do not fit in the context together, or one has no tokens.
+            ArgumentError: One of the two has no tokens, or they do not fit in the context together;
+                a ValueError.
         """
+        context = self.model.config.max_position_embeddings
         before = self._prompt_ids(prompt)
+        check_prompt("score", len(before), context)
         ids = self.encode(prompt + continuation) if prompt else []
         if ids[: len(before)] != before:
             ids = before + self.tokenizer.encode(continuation, add_special_tokens=False).ids
         count = len(ids) - len(before)
         if count <= 0:
-            raise ValueError("score: continuation must have at least one token, got none")
-        context = self.model.config.max_position_embeddings
+            raise ArgumentError("score: continuation must have at least one token, got none")
         if len(ids) > context:
-            raise ValueError(
+            raise ArgumentError(
                 f"score: prompt and continuation must fit in the context of {context} tokens, "
                 f"got {len(ids)}"
             )
@@ -218,22 +228,24 @@ class LanguageModel:
     def _prompt_ids(self, prompt: str) -> list[int]:
         ids = self.encode(prompt)
         start = self.model.config.bos_token_id
-        return [start] if not ids and start is not None else ids
+        # of text that the tokenizer knows nothing of nothing is left: that is no empty prompt
+        return [start] if not prompt and not ids and start is not None else ids
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], device=self.model.lm_head.weight.device)
 
 
 def load(
-    folder: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """Read a model and its tokenizer from a run directory, or any folder in Hugging Face's layout.
+    """Read a model and its tokenizer.
 
     Args:
-        folder: Holds ``config.json``, safetensors and ``tokenizer.json``.
+        source: Run folder, or any folder in Hugging Face's layout: ``config.json``, safetensors and
+            ``tokenizer.json``; or the name of such a model on the Hugging Face hub.
         device: None for a CUDA device where there is one.
         dtype: Of the weights; None for that of the file, on CPU float32, where narrower types are
             slower.
@@ -241,7 +253,7 @@ def load(
     Raises:
         ModelFileError: Something is missing, damaged or not supported; the message says what.
     """
-    folder = Path(folder)
+    folder = model_folder(source)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from fastlm._errors import ArgumentError
+
 # what a decoder puts where bytes do not form a character, or not yet
 _REPLACEMENT = "\ufffd"
 # a character is at most 4 bytes of UTF-8, so its beginning is in no more than the last 3 tokens
@@ -65,14 +67,16 @@ class StopStrings:
         stop: The strings, none of them empty.
 
     Raises:
-        ValueError: One is empty or no string.
+        ArgumentError: One is empty or no string.
     """
 
     def __init__(self, stop: str | Sequence[str] | None) -> None:
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         for string in self._stop:
             if not isinstance(string, str) or not string:
-                raise ValueError(f"generate: stop must be strings that are not empty, got {stop!r}")
+                raise ArgumentError(
+                    f"generate: stop must be strings that are not empty, got {stop!r}"
+                )
         self._held = ""
         self.found = False
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastlm._errors import UserError
 from fastlm.model.config import CausalLMConfig
 
 CONFIG = "config.json"
@@ -26,7 +27,7 @@ _COMPUTED = "rotary_emb.inv_freq"
 _NAMES_SHOWN = 4
 
 
-class ModelFileError(ValueError):
+class ModelFileError(UserError, ValueError):
     """A model folder, or a file in it, that cannot be used; one line says what and why."""
 
 
@@ -37,6 +38,10 @@ def save(
 
     Each file appears under its name only when it is complete.  A tied head is left out, as Hugging
     Face does.
+
+    Raises:
+        ModelFileError: The weights cannot be written; those that were there stay.
+        OSError: The folder cannot be made, or another file not be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,15 @@ def save(
         del tensors[HEAD]
     dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     partial = folder / f".{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    # safetensors would leave a file that its owner alone can read
+    partial.touch()
+    mode = partial.stat().st_mode
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise ModelFileError(f"{folder / WEIGHTS}: cannot be written: {error}") from error
+    partial.chmod(mode)
     partial.replace(folder / WEIGHTS)
     _write_json(folder / CONFIG, {**config.to_dict(), "dtype": dtype})
     values = config.to_dict()
@@ -58,11 +71,9 @@ def read_config(folder: str | os.PathLike[str]) -> CausalLMConfig:
     """The config of a model folder; the tokens that end a text are those of its generation config.
 
     Raises:
-        ModelFileError: The folder or the file is missing, unreadable, or asks for another model.
+        ModelFileError: The file is missing, unreadable, or asks for another model.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelFileError(f"{folder}: no such folder")
     values = read_json(folder / CONFIG)
     if (folder / GENERATION_CONFIG).exists():
         generation = read_json(folder / GENERATION_CONFIG)

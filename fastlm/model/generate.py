@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastlm._errors import ArgumentError
 from fastlm.model.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def decode(
     Ends after ``max_new_tokens``, or when prompt and continuation fill the context.
 
     Raises:
-        ValueError: The prompt is empty or longer than the context, or ``max_new_tokens`` negative.
+        ArgumentError: As :func:`new_tokens`.
         FloatingPointError: The model's logits are not finite.
     """
     batch, length = input_ids.shape
@@ -71,18 +72,28 @@ def new_tokens(model: CausalLM, length: int, max_new_tokens: int) -> int:
     """How many tokens may follow a prompt of ``length``.
 
     Raises:
-        ValueError: The prompt is empty or longer than the context, or ``max_new_tokens`` negative.
+        ArgumentError: The prompt is empty or longer than the context, or ``max_new_tokens`` is no
+            whole number or negative.
     """
     context = model.config.max_position_embeddings
-    if length == 0:
-        raise ValueError("generate: the prompt must have at least one token, got none")
-    if length > context:
-        raise ValueError(
-            f"generate: the prompt must fit in the context of {context} tokens, got {length}"
-        )
+    check_prompt("generate", length, context)
     whole = isinstance(max_new_tokens, int) and max_new_tokens >= 0
     if not whole:
-        raise ValueError(
+        raise ArgumentError(
             f"generate: max_new_tokens must be a whole number of at least 0, got {max_new_tokens}"
         )
     return min(max_new_tokens, context - length)
+
+
+def check_prompt(caller: str, length: int, context: int) -> None:
+    """Refuse a prompt of no tokens, or of more than the context has.
+
+    Raises:
+        ArgumentError: It is; the message begins with ``caller``.
+    """
+    if length == 0:
+        raise ArgumentError(f"{caller}: prompt must have at least one token, got none")
+    if length > context:
+        raise ArgumentError(
+            f"{caller}: prompt must fit in the context of {context} tokens, got {length}"
+        )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlm._errors import ArgumentError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -25,7 +27,7 @@ class Sampling:
             2024, https://arxiv.org/abs/2407.01082); 0 or None for all.
 
     Raises:
-        ValueError: A value is out of range or not a number; the message names it.
+        ArgumentError: A value is out of range or not a number; the message names it.
     """
 
     temperature: float | None = None
@@ -54,10 +56,7 @@ class Sampling:
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Scaled logits ``(..., V)`` in float32, -inf for tokens that are left out."""
-        # the maximum first: dividing by a tiny temperature would overflow
-        x = logits.float()
-        x = x - x.amax(dim=-1, keepdim=True)
-        x = x / (1.0 if self.temperature is None else self.temperature)
+        x = scaled(logits.float(), 1.0 if self.temperature is None else self.temperature)
         vocab_size = x.shape[-1]
         if self.top_k and self.top_k < vocab_size:
             values, indices = x.topk(self.top_k)
@@ -89,21 +88,38 @@ class Sampling:
         return torch.multinomial(rows, 1, generator=generator).view(logits.shape[:-1])
 
 
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """``logits / temperature`` ``(..., V)`` less their maximum, which softmax does not see.
+
+    Without overflow at any temperature: at the smallest the most likely tokens share everything, at
+    the largest all tokens share alike.
+    """
+    x = logits - logits.amax(dim=-1, keepdim=True)
+    # rounded to 0 or infinity it would make 0 / 0 of the maximum, or inf / inf of a masked token
+    limits = torch.finfo(x.dtype)
+    return x / min(max(temperature, limits.tiny), limits.max)
+
+
 def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
     """A random number generator of its own: the global ones are neither read nor moved.
 
     Args:
         seed: Equal seeds give equal tokens; None for a seed from the operating system.
         device: Where the logits are.
+
+    Raises:
+        ArgumentError: The seed is no whole number of 64 bits.
     """
     generator = torch.Generator(device=device)
     if seed is None:
         generator.seed()
     else:
+        whole = isinstance(seed, int) and -(2**63) <= seed < 2**63
+        _check("seed", whole, "be a whole number of 64 bits", seed)
         generator.manual_seed(seed)
     return generator
 
 
 def _check(name: str, holds: bool, requirement: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"generate: {name} must {requirement}, got {got}")
+        raise ArgumentError(f"generate: {name} must {requirement}, got {got}")

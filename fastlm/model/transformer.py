@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastlm.model import checkpoint
 from fastlm.model.config import ACTIVATIONS, CausalLMConfig
 from fastlm.model.generate import generate
+from fastlm.model.hub import model_folder
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.sampling import Sampling, new_generator
 from fastlm.nn import CausalSelfAttention, RMSNorm
@@ -77,21 +78,22 @@ class CausalLM(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        source: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> CausalLM:
-        """Read a folder in Hugging Face's layout, a Qwen3 or Llama model, sharded or not.
+        """Read a Qwen3 or Llama model in Hugging Face's layout, sharded or not.
 
         Args:
-            folder: Holds ``config.json`` and safetensors.
+            source: Folder with ``config.json`` and safetensors, or the model's name on the hub.
             dtype: Of the weights; None for that of the file.
             device: Of the weights.
 
         Raises:
             ModelFileError: Something is missing, damaged or not supported; the message says what.
         """
+        folder = model_folder(source)
         config = checkpoint.read_config(folder)
         device = torch.device(device)
         with torch.device("meta"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+PLAIN = (Tensor, Parameter)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
@@ -71,6 +74,11 @@ def check_shape(
 def check_choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_integer(op: str, name: str, value: object) -> None:
+    if type(value) is not int and not isinstance(value, Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
 
 
 def check_that(op: str, name: str, holds: bool, requirement: str, got: object) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastlm.ops import _checked, _explain
+from fastlm.ops._checks import PLAIN
 from fastlm.ops._dispatch import choose
 
 # Library.define, not custom_op: half the cost of an eager call, which decoding pays in every layer.
@@ -23,14 +25,15 @@ def define_op(
     fake: Callable[..., Any],
     mutates: Iterable[str] = (),
 ) -> Callable[..., Any]:
-    """Register ``torch.ops.fastlm.<op>_<step>`` and return it.  It has no gradient of its own.
+    """Register ``torch.ops.fastlm.<op>_<step>`` and return a function that calls it.
 
-    The annotations of the ``"reference"`` backend give the schema; a string ``backend`` is added
-    last.
+    The operator has no gradient of its own.  The annotations of the ``"reference"`` backend give
+    the schema; a string ``backend`` is added last.
 
     Args:
         op: Name of the public function.
-        step: ``"forward"``, ``"backward"``, or another function of every backend module.
+        step: ``"forward"``, ``"backward"``, or another function of every backend module; its first
+            argument is a tensor.
         backends: Name of each backend to the module that implements it, preferred first.
         fake: Same arguments; returns empty outputs of the right shape, dtype and device.
         mutates: Names of arguments written in place.
@@ -45,11 +48,12 @@ def define_op(
 
     def run(*args: Any) -> Any:
         *inputs, wanted = args
-        device_type = next(x for x in inputs if isinstance(x, torch.Tensor)).device.type
-        if torch.is_autocast_enabled(device_type):
-            # it has cast the inputs where it should; inside, dtypes are chosen
-            with torch.autocast(device_type, enabled=False):
-                return run(*args)
+        if torch._C._is_any_autocast_enabled():
+            device_type = inputs[0].device.type
+            if torch.is_autocast_enabled(device_type):
+                # it has cast the inputs where it should; inside, dtypes are chosen
+                with torch.autocast(device_type, enabled=False):
+                    return run(*args)
         chosen, implementation = choose(op, step, backends, wanted, inputs)
         if chosen != "reference" and _checked.is_on():
             return _checked.run(op, step, chosen, implementation, definition, inputs)
@@ -62,4 +66,34 @@ def define_op(
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(registered, run_fake, lib=_library)
-    return registered
+
+    def call(*args: Any) -> Any:
+        return run(*args) if _nothing_intercepts(args) else registered(*args)
+
+    return call
+
+
+def _nothing_intercepts(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would find no one to ask on its way to the implementation.
+
+    Then an eager call goes there directly: through the dispatcher and back to Python takes longer
+    than the rest of a small call.  Compilers, tensor subclasses, modes, functorch's transforms,
+    batched gradients, views that negate and the profiler see the operator.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for x in args:
+        if isinstance(x, Tensor) and (
+            type(x) not in PLAIN
+            or not (x.is_cpu or x.is_cuda)
+            or x.is_neg()
+            or torch._C._functorch.is_legacy_batchedtensor(x)
+        ):
+            return False
+    return True

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
-
 BACKENDS = ("triton", "cuda", "torch", "reference", "gluon")
 # These run on a GPU; on CPU tensors they are interpreters, so "auto" leaves them out there.
 _KERNELS = ("triton", "cuda", "gluon")
@@ -55,8 +53,8 @@ def _refusal(module_name: str, step: str, args: Sequence[Any]) -> str | None:
     return module if isinstance(module, str) else getattr(module, f"{step}_refuses")(*args)
 
 
-def _device_type(args: Sequence[Any]) -> str:
-    return next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+def _on_gpu(args: Sequence[Any]) -> bool:
+    return args[0].is_cuda
 
 
 def weigh(
@@ -74,14 +72,25 @@ def weigh(
         return Choice(None, {wanted: f"{op} has no {wanted} backend, only {', '.join(backends)}"})
     refusals: dict[str, str] = {}
     for name in backends if wanted == "auto" else [wanted]:
-        if wanted == "auto" and name in _KERNELS and _device_type(args) != "cuda":
-            refusals[name] = f"tensors are on {_device_type(args)}; auto runs kernels on CUDA only"
+        if wanted == "auto" and name in _KERNELS and not _on_gpu(args):
+            device = args[0].device.type
+            refusals[name] = f"tensors are on {device}; auto runs kernels on CUDA only"
             continue
         reason = _refusal(backends[name], step, args)
         if reason is None:
             return Choice(name, refusals)
         refusals[name] = reason
     return Choice(None, refusals)
+
+
+def _first_asked(backends: Mapping[str, str], wanted: str, args: Sequence[Any]) -> str | None:
+    if wanted != "auto":
+        return wanted if wanted in backends else None
+    on_gpu = _on_gpu(args)
+    for name in backends:
+        if on_gpu or name not in _KERNELS:
+            return name
+    return None
 
 
 def choose(
@@ -95,10 +104,13 @@ def choose(
         ValueError: ``wanted`` is no backend's name.
         NotImplementedError: Every backend asked refuses; the message gives each reason.
     """
+    first = _first_asked(backends, wanted, args)
+    if first is not None and _refusal(backends[first], step, args) is None:
+        return first, getattr(_load(backends[first]), step)
     choice = weigh(op, step, backends, wanted, args)
     if choice.backend is None:
         raise NotImplementedError(f"{op} {step}: no backend takes this call\n{choice.reasons}")
-    if choice.refusals and _device_type(args) == "cuda":
+    if choice.refusals and _on_gpu(args):
         _warn_once(f"{op} {step} runs on {choice.backend}:\n{choice.reasons}")
     return choice.backend, getattr(_load(backends[choice.backend]), step)
 

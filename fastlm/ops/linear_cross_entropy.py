@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._autograd import once_differentiable
-from fastlm.ops._checks import (
-    check_dtype,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    check_tensor,
-    check_that,
-)
+from fastlm.ops._checks import PLAIN, check_that
 from fastlm.ops._define import define_op
+from fastlm.ops._linear import cast_to, check_linear
 from fastlm.ops.cross_entropy import (
     LossStats,
     LossSums,
     check_loss_arguments,
     check_loss_options,
+    is_usual_loss,
 )
 
 _OP = "linear_cross_entropy"
@@ -102,7 +97,9 @@ def linear_cross_entropy(
     """
     dtype = _check(input, linear_weight, target, linear_bias, reduction)
     vocab_size = linear_weight.shape[0]
-    check_loss_options(_OP, input, vocab_size, weight, label_smoothing, softcap, z_loss)
+    check_loss_options(
+        _OP, input, vocab_size, weight, ignore_index, label_smoothing, softcap, logit_scale, z_loss
+    )
     if num_items is not None:
         num_items = _check_num_items(num_items, reduction)
     target = target.long()
@@ -130,8 +127,9 @@ def linear_cross_entropy(
                 *params, target, weight, *options, dtype, backend
             )
         else:
-            cast = _cast(dtype, *params)
-            losses, lse, *stats = _forward(*cast, target, weight, *options, backend)
+            losses, lse, *stats = _forward(
+                *cast_to(dtype, *params), target, weight, *options, backend
+            )
         loss = sums.reduce(losses, lse, reduction, z_loss)
     if reduction == "none" and shift:
         loss = loss[..., : loss.shape[-1] - shift]
@@ -141,37 +139,65 @@ def linear_cross_entropy(
     return loss, LossStats(logprobs, lse, entropy, predictions, sums.count())
 
 
+def linear_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shift: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """The log-probability of each target under the logits of a linear layer; differentiable.
+
+    As ``reduction="none"`` of :func:`linear_cross_entropy`, whose arguments these are, with the
+    other sign: for the policies of reinforcement learning and preference losses.
+
+    Returns:
+        ``(...)``, with ``shift`` without the last positions; float32, float64 for float64 inputs;
+        zero where the target is ignored.
+
+    Raises:
+        The errors of :func:`linear_cross_entropy`.
+    """
+    losses = linear_cross_entropy(
+        input, linear_weight, target, linear_bias=linear_bias, reduction="none",
+        ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, shift=shift,
+        backend=backend,
+    )  # fmt: skip
+    return -cast(Tensor, losses)
+
+
 def _check(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, reduction: str
 ) -> torch.dtype:
-    """Check all but numbers, and return the dtype to compute in."""
+    """Check the tensors, and return the dtype to compute in."""
+    if _is_usual(input, linear_weight, target, linear_bias, reduction):
+        return input.dtype
     check_loss_arguments(_OP, "input", input, target, reduction)
-    others = {"linear_weight": linear_weight}
-    if linear_bias is not None:
-        others["linear_bias"] = linear_bias
-    dtype = _dtype_under_autocast(input)
-    for name, tensor in others.items():
-        check_tensor(_OP, name, tensor)
-        check_dtype(_OP, name, tensor)
-        check_same_device(_OP, name, tensor, "input", input)
-        if _dtype_under_autocast(tensor) != dtype:
-            check_same_dtype(_OP, name, tensor, "input", input)
-    check_shape(_OP, "linear_weight", linear_weight, ("V", input.shape[-1]), "to match input")
-    vocab_size = linear_weight.shape[0]
-    check_that(_OP, "linear_weight", vocab_size > 0, "have at least one class", "V = 0")
-    if linear_bias is not None:
-        check_shape(_OP, "linear_bias", linear_bias, (vocab_size,), "to match linear_weight")
-    return dtype
+    return check_linear(_OP, input, linear_weight, linear_bias)
 
 
-def _dtype_under_autocast(tensor: Tensor) -> torch.dtype:
-    """What ``F.linear`` would cast ``tensor`` to: autocast leaves float64 alone."""
-    device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or tensor.is_meta:
-        return tensor.dtype
-    if not torch.is_autocast_enabled(device_type):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device_type)
+def _is_usual(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, reduction: str
+) -> bool:
+    """All of the checks in one look, without bias and autocast: one by one they take longer."""
+    return (
+        type(input) in PLAIN
+        and type(linear_weight) in PLAIN
+        and linear_bias is None
+        and not torch._C._is_any_autocast_enabled()
+        and is_usual_loss(input, target, reduction)
+        and linear_weight.dim() == 2
+        and linear_weight.shape[1] == input.shape[-1]
+        and linear_weight.shape[0] > 0
+        and linear_weight.dtype == input.dtype
+        and linear_weight.device == input.device
+        and linear_weight.layout == torch.strided
+    )
 
 
 def _check_num_items(num_items: int | Tensor, reduction: str) -> int | Tensor:
@@ -184,10 +210,6 @@ def _check_num_items(num_items: int | Tensor, reduction: str) -> int | Tensor:
         return torch.where(num_items > 0, num_items, 1)
     check_that(_OP, "num_items", num_items > 0, "be positive", num_items)
     return num_items
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 class _Reduced(torch.autograd.Function):
@@ -223,7 +245,7 @@ class _Reduced(torch.autograd.Function):
             z_weight = _over(z_weight, _safe(squares_divisor))
             z_weight = z_weight if divisor is None else z_weight * _safe(divisor)
         losses, lse, logprobs, entropy, predictions, *gradients = _gradients(
-            *_cast(dtype, *params), target, weight, z_weight, *options, need_stats,
+            *cast_to(dtype, *params), target, weight, z_weight, *options, need_stats,
             *ctx.needs_input_grad[:3], backend,
         )  # fmt: skip
         again = (*params, target, weight, lse, entropy) if need_stats else ()
@@ -251,20 +273,20 @@ class _Reduced(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if dlse is not None or dlogprobs is not None or dentropy is not None:
             *params, target, weight, lse, entropy = again
-            dlosses = None
+            dlosses = torch.zeros_like(lse)
             if dloss is not None:
                 dlosses = _over(dloss, _safe(divisor)).expand(lse.shape)
                 of_squares = 2 * ctx.z_loss * _over(dloss, _safe(squares_divisor)) * lse
                 dlse = of_squares if dlse is None else dlse + of_squares
             gradients = _backward(
-                dlosses, dlogprobs, dlse, dentropy, *_cast(ctx.dtype, *params),
+                dlosses, dlogprobs, dlse, dentropy, *cast_to(ctx.dtype, *params),
                 target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
             )  # fmt: skip
         elif dloss is not None:
             scale = _over(dloss, _safe(divisor))
             # They are as large as the parameters, so they are scaled where they are, unless the
-            # graph was kept for another backward pass.
-            kept = torch.compiler.is_compiling() or _graph_is_kept()
+            # graph was kept for another backward pass or many gradients came in at once.
+            kept = torch.compiler.is_compiling() or _graph_is_kept() or _is_batched(scale)
             gradients = (x * scale if kept else x.mul_(scale) for x in (dinput, dweight, dbias))
         else:
             gradients = (None, None, None)
@@ -277,6 +299,7 @@ class _Reduced(torch.autograd.Function):
 
 
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _over(x: Tensor, divisor: Tensor | None) -> Tensor:
@@ -310,7 +333,7 @@ class _PerPosition(torch.autograd.Function):
         params = (input, linear_weight, linear_bias)
         options = (ignore_index, label_smoothing, softcap, logit_scale)
         losses, lse, logprobs, entropy, predictions = _forward(
-            *_cast(dtype, *params), target, weight, *options, need_stats, backend
+            *cast_to(dtype, *params), target, weight, *options, need_stats, backend
         )
         ctx.save_for_backward(*params, target, weight, lse, entropy)
         ctx.options, ctx.dtype, ctx.backend = options, dtype, backend
@@ -330,8 +353,9 @@ class _PerPosition(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *params, target, weight, lse, entropy = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        dlosses = torch.zeros_like(lse) if dlosses is None else dlosses
         gradients = _backward(
-            dlosses, dlogprobs, dlse, dentropy, *_cast(ctx.dtype, *params),
+            dlosses, dlogprobs, dlse, dentropy, *cast_to(ctx.dtype, *params),
             target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
         )  # fmt: skip
         gradients = [
@@ -385,7 +409,7 @@ def _gradients_fake(
 
 
 def _backward_fake(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,

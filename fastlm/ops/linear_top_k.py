@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastlm.ops._checks import check_that
+from fastlm.ops._checks import check_dtype, check_tensor, check_that
 from fastlm.ops._define import define_op
-from fastlm.ops.linear_cross_entropy import cast_to, check_linear
+from fastlm.ops._linear import cast_to, check_linear
+from fastlm.ops.cross_entropy import check_transform
 
 _OP = "linear_top_k"
 BACKENDS = {
@@ -57,7 +59,11 @@ def linear_top_k(
         ValueError: Shapes or devices do not match, or a number is out of range.
         TypeError: A dtype is not one of those above, or dtypes differ outside autocast.
     """
-    dtype = check_linear(_OP, input, linear_weight, linear_bias, softcap)
+    check_tensor(_OP, "input", input)
+    check_dtype(_OP, "input", input)
+    check_that(_OP, "input", input.dim() > 0, "have at least one dimension", "a scalar")
+    dtype = check_linear(_OP, input, linear_weight, linear_bias)
+    check_transform(_OP, softcap, logit_scale)
     vocab_size = linear_weight.shape[0]
     check_that(_OP, "k", 1 <= k <= vocab_size, f"be in [1, {vocab_size}]", k)
     params = (None if x is None else x.detach() for x in (input, linear_weight, linear_bias))
@@ -72,8 +78,6 @@ def _forward_fake(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    import torch
-
     logprobs = input.new_empty(
         (*input.shape[:-1], k), dtype=torch.promote_types(input.dtype, torch.float32)
     )

@@ -21,12 +21,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastlm._errors import UserError
+
 MANIFEST = "MANIFEST.json"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """No usable checkpoint; the message names the folder and what is wrong with it."""
 
 
@@ -213,6 +215,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not intact:
         raise CheckpointCorruptError(f"{folder.name}: {MANIFEST} is damaged")
     return entries
+
+
+def load_named(folder: Path, name: str) -> Checkpoint:
+    """Read the checkpoint ``name`` of those in ``folder``.
+
+    Raises:
+        CheckpointError: There is none of that name, or it is damaged.
+    """
+    names = _names(folder)
+    if name not in names:
+        there = ", ".join(names) or "no checkpoint"
+        raise CheckpointError(f"checkpoint: {folder} must hold {name} to resume it, got {there}")
+    return load(folder / name)
 
 
 def load_latest(folder: Path) -> Checkpoint:

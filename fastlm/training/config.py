@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+
+from fastlm._errors import ArgumentError, check_text
+from fastlm.model.config import MAX_HEAD_DIM
 
 Tokenizer = Literal["bpe", "char"]
 Size = Literal["nano", "micro", "mini", "small"]
@@ -22,7 +25,7 @@ BYTE_LEVEL_MINIMUM = 257
 """A byte-level vocabulary: 256 bytes and the end-of-text token."""
 
 
-class ConfigError(ValueError):
+class ConfigError(ArgumentError):
     """A setting is wrong; the message names the field, the allowed range and the value."""
 
 
@@ -240,6 +243,7 @@ class _Range:
         return f"be {least}" + (f" and at most {self.high:g}" if self.high < math.inf else "")
 
 
+_CHECKPOINT = re.compile(r"latest|step-\d{6,}(\.replaced)?")
 _AT_LEAST_1 = _Range(1)
 _RANGES = {
     "vocab_size": _Range(1, 2**31),
@@ -303,6 +307,10 @@ def _check_ranges(config: TrainConfig) -> None:
         raise _error("out", "name a folder", config.out)
     if config.data == "":
         raise _error("data", "name a file or a folder", config.data)
+    if config.resume is not None and not _CHECKPOINT.fullmatch(config.resume):
+        raise _error("resume", "be latest or a checkpoint such as step-000500", config.resume)
+    if config.prompt is not None:
+        check_text("train: prompt", config.prompt)
     kind, _, index = config.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise _error("device", "be auto, cpu, cuda or cuda:N", config.device)
@@ -316,8 +324,9 @@ def _check_together(config: TrainConfig) -> None:
     if config.tokenizer == "bpe" and (config.vocab_size or DEFAULT_VOCAB_SIZE) < BYTE_LEVEL_MINIMUM:
         least = f"be at least {BYTE_LEVEL_MINIMUM} for byte-level BPE (256 bytes and end of text)"
         raise _error("vocab_size", least, config.vocab_size)
-    if hidden % heads or hidden // heads % 2:
-        requirement = f"divide hidden_size {hidden} into heads of even width"
+    if hidden % heads or hidden // heads % 2 or hidden // heads > MAX_HEAD_DIM:
+        width = f"even width, {MAX_HEAD_DIM} at most"
+        requirement = f"divide hidden_size {hidden} into heads of {width}"
         raise _error("num_attention_heads", requirement, heads)
     if heads % kv_heads:
         raise _error("num_key_value_heads", f"divide num_attention_heads {heads}", kv_heads)
@@ -327,6 +336,8 @@ def _check_together(config: TrainConfig) -> None:
         raise _error("short_context", f"divide context {context}", short)
     if (config.warmup or 0) > config.steps:
         raise _error("warmup", f"be at most steps {config.steps}", config.warmup)
+    if config.overwrite and config.resume is not None:
+        raise _error("overwrite", "be false to resume", config.overwrite)
 
 
 def _quarter(context: int) -> int:
@@ -348,53 +359,3 @@ def _number_from_yaml(cls: type[TrainConfig], name: str, value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def read_config(path: str | Path) -> TrainConfig:
-    """Read a config.yaml.
-
-    Raises:
-        ConfigError: No such file, not UTF-8, not YAML, a key twice, a key that is no setting, a
-            value out of range.
-    """
-    return TrainConfig.from_dict(read_settings(path))
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, for callers that lay flags over it before building the config."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = loader.construct_object(key_node)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"train: {path}: {key!r} appears twice, again on line {line}")
-            seen.add(key)
-        return loader.construct_mapping(node)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        values = yaml.load(Path(path).read_text("utf-8-sig"), Loader)
-    except OSError as error:
-        raise ConfigError(f"train: config {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"train: config {path} is not UTF-8 at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"train: config {path} is not YAML: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"train: config {path} must hold 'name: value' lines")
-    return values
-
-
-def write_config(config: TrainConfig, path: str | Path) -> None:
-    """Write every setting, in the order of the fields."""
-    import yaml
-
-    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), "utf-8")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +15,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class Display:
-    """Progress of a run of ``steps`` steps, of which ``first`` are done already."""
+class Output(Console):
+    """Standard output; when its reader goes away it falls silent and tells ``closed``."""
 
-    def __init__(self, steps: int, first: int) -> None:
+    def __init__(self, closed: Callable[[], None]) -> None:
+        super().__init__(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.closed = closed
+
+    def on_broken_pipe(self) -> None:
+        # rich's own ends the process, whatever has yet to be saved
+        self.quiet = True
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        # what is still buffered has to go somewhere
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+        self.closed()
+
+
+class Display:
+    """Progress of a run.
+
+    Args:
+        steps: Of the whole run.
+        first: How many of them are done already.
+        closed: Called when nobody reads the output any more.
+    """
+
+    def __init__(self, steps: int, first: int, closed: Callable[[], None]) -> None:
         self.steps, self.first = steps, first
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Output(closed)
         self.progress: Progress | None = None
         self.started = self.last_line = time.perf_counter()
         if self.console.is_terminal:

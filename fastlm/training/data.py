@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm._errors import UserError
 from fastlm.training.tokenizer import encode_documents, end_of_text
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _NO_SOURCE = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The corpus cannot be used; the message says what is wrong and where."""
 
 

@@ -17,20 +17,16 @@ import torch
 from tokenizers import Tokenizer
 
 from fastlm.training import tokenizer as tokenizers_
-from fastlm.training.config import (
-    DEFAULT_VOCAB_SIZE,
-    ConfigError,
-    ResolvedConfig,
-    read_config,
-    write_config,
-)
+from fastlm.training.config import DEFAULT_VOCAB_SIZE, ConfigError, ResolvedConfig
+from fastlm.training.config_file import CONFIG, TOKENS, read_run, write_config
 from fastlm.training.data import Corpus, DataError, Tokens, read_tokens, write_tokens
 
-# settings that a run cannot change when it goes on
+# settings that a run cannot change when it goes on: what its files hold, and which batch is next
 FIXED = (
-    *("tokenizer", "vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads"),
-    *("num_key_value_heads", "intermediate_size", "qk_norm", "tie_word_embeddings", "rope_theta"),
-    *("context", "optimizer"),
+    *("data", "tokenizer", "vocab_size", "validation", "size"),
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "qk_norm", "tie_word_embeddings", "rope_theta", "optimizer"),
+    *("context", "short_context", "batch_size", "grad_accumulation", "seed"),
 )
 
 
@@ -44,15 +40,16 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.tokens = self.path / "tokens"
+        self.tokens = self.path / TOKENS
         self.metrics = self.path / "metrics.jsonl"
-        self.config = self.path / "config.yaml"
+        self.config = self.path / CONFIG
 
     def start(self, config: ResolvedConfig) -> tuple[Tokenizer, Tokens]:
         """Make the folder for a new run, with its tokenizer and its tokens.
 
         Raises:
-            ConfigError: A run is there already, or something that is no folder.
+            ConfigError: A run is there already, or something that is no folder, or the prompt is
+                longer than the context.
             DataError: The corpus cannot be used.
             OSError: The folder cannot be written.
         """
@@ -69,6 +66,7 @@ class RunFolder:
         fresh = self.path / ".tokens"
         try:
             tokenizer = _train_tokenizer(corpus, config)
+            _check_prompt(tokenizer, config)
             write_tokens(
                 corpus, tokenizer, fresh, context=config.context, validation=config.validation
             )
@@ -87,17 +85,14 @@ class RunFolder:
         """The tokenizer and the tokens of the run that is there.
 
         Raises:
-            ConfigError: There is no run, or it has another value of a setting that cannot change.
+            ConfigError: There is no run, it has another value of a setting that cannot change, or
+                the prompt is longer than the context.
             DataError: The token files or the tokenizer are missing or damaged.
         """
-        if not self.config.exists():
-            raise ConfigError(
-                f"train: out must hold the run to resume, got {self.path} without one"
-            )
-        before = read_config(self.config).resolved()
+        before = read_run(self.path).resolved()
         for name in FIXED:
             old, new = getattr(before, name), getattr(config, name)
-            if old != new:
+            if old != new and not (name == "data" and _same_path(old, new)):
                 raise ConfigError(f"train: {name} must stay {old!r} to resume, got {new!r}")
         file = self.path / "tokenizer.json"
         try:
@@ -106,6 +101,7 @@ class RunFolder:
             raise DataError(f"data: {file} cannot be read: {error.strerror}") from None
         except ValueError:
             raise DataError(f"data: {file} is damaged") from None
+        _check_prompt(tokenizer, config)
         return tokenizer, read_tokens(self.tokens)
 
     def record(self, config: ResolvedConfig) -> None:
@@ -140,14 +136,30 @@ class RunFolder:
             stream.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows; a last line that a crash cut short is left out."""
+        """The rows; a last line that a crash cut short is left out.
+
+        Raises:
+            DataError: Another line is no row.
+        """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text("utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        lines = self.metrics.read_bytes().split(b"\n")
+        try:
+            rows = [json.loads(line) for line in lines[:-1]]
+        except ValueError:
+            rows = [None]
+        if not all(isinstance(row, dict) and row.keys() >= {"step", "elapsed_s"} for row in rows):
+            raise DataError(
+                f"data: {self.metrics} is damaged; the run goes on without it, if you remove it"
+            )
+        return rows
 
     def write_json(self, name: str, value: Any) -> None:
         replace_file(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _same_path(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -171,6 +183,15 @@ def _train_tokenizer(corpus: Corpus, config: ResolvedConfig) -> Tokenizer:
             f"{corpus.name} and end of text, got {config.vocab_size}"
         )
     return tokenizer
+
+
+def _check_prompt(tokenizer: Tokenizer, config: ResolvedConfig) -> None:
+    """Before the training rather than after it, when the samples are drawn."""
+    length = len(tokenizer.encode(config.prompt or "").ids)
+    if length > config.context:
+        raise ConfigError(
+            f"train: prompt must fit in the context of {config.context} tokens, got {length}"
+        )
 
 
 def environment() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from fastlm._errors import UserError
 from fastlm.inference.language_model import LanguageModel
 from fastlm.model.config import CausalLMConfig
 from fastlm.model.transformer import IGNORE_INDEX, CausalLM
@@ -41,7 +42,7 @@ OPENING_TOKENS = 64
 Batch = tuple[Tensor, Tensor]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """The loss or the gradient became NaN or infinite; no weight was changed by that step."""
 
 
@@ -89,6 +90,7 @@ def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) 
         CheckpointError: There is no whole checkpoint to resume from.
         NonFiniteError: The loss or the gradient is not finite; the last checkpoint is kept.
         KeyboardInterrupt: After Ctrl-C, when the run is saved.  SIGTERM: SystemExit.
+        BrokenPipeError: Whoever read our output went away; the run is saved.
         OSError: The run folder cannot be written.
     """
     settings = config.resolved()
@@ -104,7 +106,7 @@ def train(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) 
         run = _Run(settings, folder, tokenizer, tokens, device, dtype)
         if settings.resume is not None:
             folder.record(settings)
-        with Display(settings.steps, run.step) as display:
+        with Display(settings.steps, run.step, interrupt.pipe_closed) as display:
             run.introduce(display)
             run.advance(display, interrupt, on_step)
             val_loss, val_bpb = run.finish(display)
@@ -181,7 +183,7 @@ class _Run:
             if name == "latest":
                 found = checkpoints.load_latest(self.folder.checkpoints)
             else:
-                found = checkpoints.load(self.folder.checkpoints / name)
+                found = checkpoints.load_named(self.folder.checkpoints, name)
         for warning in caught:
             self.resumed.append(str(warning.message))
             warnings.warn_explicit(warning.message, warning.category, __file__, 0)
@@ -252,9 +254,7 @@ class _Run:
                 on_step(self.step)
         if interrupt.signal is not None and self.step < config.steps:
             self.save()
-            command = (
-                f"fastlm train --config {shlex.quote(str(self.folder.config))} --resume latest"
-            )
+            command = f"fastlm train --out {shlex.quote(str(self.folder.path))} --resume latest"
             display.say("saved", f"step {self.step}; go on with: {command}")
             raise interrupt.exit()
 

@@ -97,7 +97,8 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Write tokenizer.json and the tokenizer_config.json that transformers wants beside it."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # not by tokenizer.save: it raises a bare Exception where the disk is full
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

@@ -33,7 +33,7 @@ def forward_refuses(
 
 
 def backward_refuses(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -87,7 +87,7 @@ def forward(
 
 
 def backward(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -106,7 +106,7 @@ def backward(
     vocab_size = input.shape[-1]
     has_dstats = dlogprobs is not None or dlse is not None
     upstream = [
-        _upstream(dlosses, maximum, is_read=True),
+        dlosses.contiguous(),
         _upstream(dlogprobs, maximum, is_read=has_dstats),
         _upstream(dlse, maximum, is_read=has_dstats),
         _upstream(dentropy, maximum, is_read=False),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from .._chunks import (
@@ -32,7 +31,7 @@ gradients_refuses = forward_refuses
 
 
 def backward_refuses(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -90,7 +89,7 @@ def gradients(
 
 
 def backward(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -111,7 +110,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (ignore_index, label_smoothing, softcap, logit_scale)
     loss = Loss.of(lse, linear_bias, weight, *options)
-    dlosses = torch.zeros_like(lse) if dlosses is None else dlosses
     upstream = Upstream(dlosses, dlogprobs, dlse, dentropy).each_row(_flat)
     known = Rows.known(_flat(lse), _flat(entropy))
     return _sweep(

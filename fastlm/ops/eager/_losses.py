@@ -125,7 +125,6 @@ class RowFactors:
 
 
 def row_factors(
-    dlosses: Tensor,
     upstream: Upstream,
     lse: Tensor,
     entropy: Tensor,
@@ -135,6 +134,8 @@ def row_factors(
 ) -> RowFactors:
     """All per row ``(N, 1)``; ``lse`` is read with a z-loss, ``entropy`` with its gradient."""
     weight, smoothing = options.weight, options.label_smoothing
+    dlosses = upstream.dlosses
+    assert dlosses is not None, "ones were not written out"
     of_target, of_all, of_weight = dlosses, upstream.dlse, None
     if weight is not None:
         of_target = of_target * weight[targets]
@@ -201,7 +202,7 @@ def probability_gradient_(
     """Turn log-probabilities into the gradient of x."""
     if row.of_all is None and row.of_entropy is None:
         # (p - 1) before the factor: the other order loses p when the target is nearly certain
-        log_p.exp_().scatter_add_(1, targets, log_p.new_full((), -1.0).expand(targets.shape))
+        log_p.exp_().scatter_(1, targets, -1.0, reduce="add")
         if row.of_target is not None:
             log_p.mul_(row.of_target)
         return
@@ -241,9 +242,16 @@ def transform(logits: Tensor, options: LossOptions, *, out: Tensor) -> Tensor:
     return logits
 
 
+def all_are_classes(targets: Tensor, vocab_size: int, ignore_index: int) -> bool:
+    """Whether no target is ignored or out of range: the usual batch.  Only looks at CPU tensors."""
+    if not targets.is_cpu or 0 <= ignore_index < vocab_size or targets.numel() == 0:
+        return False
+    least, most = targets.aminmax()
+    return int(least) >= 0 and int(most) < vocab_size
+
+
 def _blocks(logits: Tensor) -> Iterator[slice]:
     num_rows, vocab_size = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    step = max(1, _CPU_BLOCK // vocab_size) if on_cpu else max(1, num_rows)
+    step = max(1, _CPU_BLOCK // vocab_size) if logits.is_cpu else max(1, num_rows)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels._chunks import Upstream
-from fastlm.ops.eager._losses import LossOptions, row_factors, row_losses, write_gradient
+from fastlm.ops.eager._losses import (
+    LossOptions,
+    all_are_classes,
+    row_factors,
+    row_losses,
+    write_gradient,
+)
 from fastlm.ops.reference.cross_entropy import check_targets, classify
 
 
@@ -21,13 +27,16 @@ def forward(
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     vocab_size = input.shape[-1]
-    check_targets("cross_entropy", target, vocab_size, ignore_index)
-    ignored, invalid, safe = classify(target, vocab_size, ignore_index)
+    usual, safe = all_are_classes(target, vocab_size, ignore_index), target
+    if not usual:
+        check_targets("cross_entropy", target, vocab_size, ignore_index)
+        ignored, invalid, safe = classify(target, vocab_size, ignore_index)
     known = row_losses(
         input.reshape(-1, vocab_size), _column(safe),
         LossOptions(weight, label_smoothing, softcap, logit_scale), need_stats=need_stats,
     )  # fmt: skip
-    known.mask(_column(ignored), _column(invalid))
+    if not usual:
+        known.mask(_column(ignored), _column(invalid))
     columns = vars(known).values()
     losses, maximum, log_sum, logprobs, entropy, predictions = (
         x.view(target.shape) if x.numel() == target.numel() else x[:, 0] for x in columns
@@ -36,7 +45,7 @@ def forward(
 
 
 def backward(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -52,22 +61,19 @@ def backward(
     logit_scale: float,
 ) -> Tensor:
     vocab_size = input.shape[-1]
-    ignored, invalid, safe = classify(target, vocab_size, ignore_index)
-    dlosses = torch.zeros_like(maximum) if dlosses is None else dlosses
-    dlosses = _column(dlosses.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan))
-    stats = (None if d is None else _column(d) for d in (dlogprobs, dlse, dentropy))
-    logits, targets, options = (
-        input.reshape(-1, vocab_size),
-        _column(safe),
-        LossOptions(weight, label_smoothing, softcap, logit_scale),
-    )
+    ignored, safe = None, target
+    if not all_are_classes(target, vocab_size, ignore_index):
+        ignored, invalid, safe = classify(target, vocab_size, ignore_index)
+        dlosses = dlosses.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan)
+        ignored = _column(ignored)
+    upstream = Upstream(dlosses, dlogprobs, dlse, dentropy).each_row(_column)
+    logits, targets = input.reshape(-1, vocab_size), _column(safe)
+    options = LossOptions(weight, label_smoothing, softcap, logit_scale)
     maximum, log_sum, entropy = _column(maximum), _column(log_sum), _column(entropy)
-    factors = row_factors(
-        dlosses, Upstream(None, *stats), maximum, entropy, targets, options, vocab_size
-    )
+    factors = row_factors(upstream, maximum, entropy, targets, options, vocab_size)
     dinput = input.new_empty(logits.shape)
     parts = (maximum, log_sum)
-    write_gradient(dinput, logits, parts, targets, factors, _column(ignored), options)
+    write_gradient(dinput, logits, parts, targets, factors, ignored, options)
     return dinput.view(input.shape)
 
 

@@ -26,6 +26,7 @@ from fastlm.ops.eager._losses import (
     LossOptions,
     RowFactors,
     RowLosses,
+    all_are_classes,
     probability_gradient_,
     row_factors,
     row_losses,
@@ -90,7 +91,7 @@ def gradients(
 
 
 def backward(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -109,7 +110,6 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    dlosses = torch.zeros_like(lse) if dlosses is None else dlosses
     options = LossOptions(weight, label_smoothing, softcap, logit_scale)
     _, gradients = _run(
         Upstream(dlosses, dlogprobs, dlse, dentropy), input, linear_weight, linear_bias, target,
@@ -141,7 +141,7 @@ def _run(
     lse, entropy = (None if x is None else x.flatten() for x in (lse, entropy))
     kept = None
     # on a GPU a look at the targets would wait for it
-    if input.device.type == "cpu" and _may_be_ignored(targets, vocab_size, ignore_index):
+    if input.is_cpu and not all_are_classes(targets, vocab_size, ignore_index):
         check_targets(_OP, target, vocab_size, ignore_index)
         kept = (targets != ignore_index).nonzero()[:, 0]
         inputs, targets, upstream = inputs[kept], targets[kept], upstream[kept]
@@ -173,13 +173,6 @@ def _spread(x: Tensor, kept: Tensor, num_rows: int) -> Tensor:
     return x.new_zeros((num_rows, *x.shape[1:])).index_copy_(0, kept, x)
 
 
-def _may_be_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> bool:
-    """False where every target is a class and none can be ``ignore_index``: the usual batch."""
-    if 0 <= ignore_index < vocab_size:
-        return True
-    return bool(((targets < 0) | (targets >= vocab_size)).any())
-
-
 def _sweep(
     upstream: Upstream,
     input: Tensor,
@@ -197,7 +190,7 @@ def _sweep(
 ) -> tuple[Known | None, Gradients]:
     """The same for ``(N, C)`` rows; on CPU none of them is ignored or out of range."""
     (num_rows, _), vocab_size, wide = input.shape, linear_weight.shape[0], wide_dtype(input)
-    on_cpu = input.device.type == "cpu"
+    on_cpu = input.is_cpu
     operand = Operand(wide) if on_cpu else tensor_core_operand(input, vocab_size)
     if on_cpu and linear_weight.numel() <= _WIDENED_ONCE:
         linear_weight = linear_weight.to(wide)
@@ -244,10 +237,9 @@ def _sweep(
                 chunk_lse, chunk_entropy = lse[rows], None if entropy is None else entropy[rows]
             if not need_gradient:
                 continue
-            dlosses = torch.ones_like(chunk_lse) if chunk.dlosses is None else chunk.dlosses
-            factors = row_factors(
-                dlosses, chunk, chunk_lse, chunk_entropy, y[rows], options, vocab_size
-            )
+            if chunk.dlosses is None:
+                chunk = replace(chunk, dlosses=torch.ones_like(chunk_lse))
+            factors = row_factors(chunk, chunk_lse, chunk_entropy, y[rows], options, vocab_size)
             write_gradient(z, z, (chunk_lse,), y[rows], factors, skipped, options)
         if need_bias:
             dbias += z.sum(0)

@@ -67,7 +67,7 @@ def forward(
 
 
 def backward(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -82,7 +82,7 @@ def backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """The gradient of the input, zero at ignored targets; an upstream gradient may be None.
+    """The gradient of the input, zero at ignored targets; upstream ones of statistics may be None.
 
     Of x:  (p - [v == target]) ((1 - s) w[target] dloss - dlogprob) + p (dlse + s mean(w) dloss)
            - s / V w[v] dloss - p (log p + entropy) dentropy
@@ -91,18 +91,18 @@ def backward(
     """
     vocab_size = input.shape[-1]
     ignored, invalid, safe = classify(target, vocab_size, ignore_index)
-    nothing = torch.zeros_like(maximum)
-    dloss, dlogprob, dlse = (nothing if x is None else x for x in (dlosses, dlogprobs, dlse))
+    dlogprobs = torch.zeros_like(dlosses) if dlogprobs is None else dlogprobs
+    dlse = torch.zeros_like(dlosses) if dlse is None else dlse
     x = transform(input.to(maximum.dtype), softcap, logit_scale)
     log_p = x - maximum[..., None] - log_sum[..., None]
     p = log_p.exp()
     weights = class_weights(weight, x)
-    of_target = (1 - label_smoothing) * weights[safe] * dloss - dlogprob
-    of_all = label_smoothing * weights.mean() * dloss + dlse
+    of_target = (1 - label_smoothing) * weights[safe] * dlosses - dlogprobs
+    of_all = label_smoothing * weights.mean() * dlosses + dlse
     one_hot = torch.zeros_like(p).scatter(-1, safe[..., None], 1.0)
     dx = (p - one_hot) * of_target[..., None] + p * of_all[..., None]
     if label_smoothing > 0:
-        dx = dx - label_smoothing / vocab_size * weights * dloss[..., None]
+        dx = dx - label_smoothing / vocab_size * weights * dlosses[..., None]
     if dentropy is not None:
         informative = (log_p + entropy[..., None]).masked_fill(p == 0, 0.0)
         dx = dx - p * informative * dentropy[..., None]
@@ -182,7 +182,7 @@ def truth_forward(
 
 
 def truth_backward(
-    dlosses: Tensor | None,
+    dlosses: Tensor,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
