@@ -243,6 +243,58 @@ def test_later_keys_do_not_reach_earlier_queries(device, bad):
     assert torch.equal(dirty[2][:, :32], clean[2][:, :32])
 
 
+@pytest.mark.parametrize(
+    ("backend", "block", "bad"),
+    [("reference", 1, torch.nan), ("reference", 1, torch.inf), ("triton", 16, torch.nan)],
+)
+@pytest.mark.parametrize("position", range(4), ids=["query", "key", "value", "dout"])
+def test_what_is_not_finite_reaches_nothing_out_of_sight(device, backend, block, bad, position):
+    query, key, value = attention_inputs(1, 40, 40, 1, 1, 8, device=device)
+    tensors = [query, key, value, upstream(query, value)[0]]
+    clean = run(*tensors[:3], backend=backend, dout=tensors[3])
+    # kernels keep the order of blocks alone: the first row of one, or the last
+    row = 21 if block == 1 else 32 if position in (1, 2) else 15
+    tensors[position] = tensors[position].clone()
+    tensors[position][0, row, 0, 3] = bad
+    out, lse, dquery, dkey, dvalue = run(*tensors[:3], backend=backend, dout=tensors[3])
+    if position in (1, 2):  # earlier queries do not see it
+        assert torch.equal(out[:, :row], clean[0][:, :row])
+        assert torch.equal(lse[..., :row], clean[1][..., :row])
+        assert torch.equal(dquery[:, :row], clean[2][:, :row])
+        assert not dquery[:, row:].isfinite().all()
+    else:  # it does not see later keys
+        assert torch.equal(dkey[:, row + 1 :], clean[3][:, row + 1 :])
+        assert torch.equal(dvalue[:, row + 1 :], clean[4][:, row + 1 :])
+        assert not dkey[:, : row + 1].isfinite().any()
+
+
+@pytest.mark.parametrize("position", range(2), ids=["query", "key"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_checked_blames_no_kernel_for_its_input(device, position, bad):
+    tensors = attention_inputs(1, 40, 40, 1, 1, 8, device=device)
+    tensors[position][0, 21, 0, 3] = bad
+    with fastlm.checked():
+        out, lse = fastlm.causal_attention(*tensors, return_lse=True, backend="triton")
+    # the sum of a score of +inf and others is +inf
+    assert (lse == bad).any() if bad == torch.inf else lse.isnan().any()
+    assert out[0, 21:].isnan().any()
+    assert out[0, :21].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_yardstick_is_the_same_for_any_value_dim(device, dtype):
+    query, key, value = attention_inputs(1, 33, 40, 4, 2, 24, dtype, device, value_dim=16)
+    dout = upstream(query, value)[0]
+    results = []
+    for extra in (0, 8):  # torch fuses equal head_dims alone
+        v, do = F.pad(value, (0, extra)), F.pad(dout, (0, extra))
+        out, lse = reference.plain_forward(query, key, v, 0.9)
+        rest = (do, None, query, key, v, out, lse, 0.9, True, True)
+        dquery, dkey, dvalue = reference.plain_backward(*rest)
+        results.append((out[..., :16], lse, dquery, dkey, dvalue[..., :16]))
+    assert_same_bits(*results)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_query_spoils_its_own_row_only(device, backend, bad):

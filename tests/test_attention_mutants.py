@@ -19,10 +19,10 @@ LAUNCH = "kernels/attention/launch.py"
 
 
 def accurate() -> None:
-    """Three blocks each way, two heads that share keys, a scale of either sign, more queries."""
+    """Three blocks each way, shared keys, a scale of either sign, more queries, a value_dim."""
     with blocks(16, 16):
         judge(*attention_inputs(1, 35, 35, 2, 1, 8), backend="triton", scale=-0.4)
-        judge(*attention_inputs(1, 35, 18, 1, 1, 5), backend="triton")
+        judge(*attention_inputs(1, 35, 18, 1, 1, 5, value_dim=7), backend="triton")
 
 
 def wide() -> None:
@@ -39,6 +39,19 @@ def inside() -> None:
     with blocks(16, 16):
         out = fastlm.causal_attention(*leaves, backend="triton")
         out.sum().backward()
+
+
+def unspoiled() -> None:
+    """Blocks keep order, whatever stands in later ones, and a score of +inf makes the lse +inf."""
+    query, key, value = attention_inputs(1, 40, 40, 1, 1, 8)
+    query[..., 0] = 1.0
+    with blocks(16, 16):
+        expected = fastlm.causal_attention(query, key, value, backend="triton")
+        key[:, 32:, :, 0] = torch.inf
+        value[:, 32:] = torch.nan
+        out, lse = fastlm.causal_attention(query, key, value, return_lse=True, backend="triton")
+    assert torch.equal(out[:, :32], expected[:, :32])
+    assert (lse[..., 32:] == torch.inf).all()
 
 
 # what several of the texts below have in common
@@ -115,6 +128,20 @@ PLANTED = [
         f"{FIRST} // BLOCK_M * BLOCK_M",
         f"tl.cdiv({FIRST}, BLOCK_M) * BLOCK_M",
         accurate,
+    ),
+    (
+        "keys after the diagonal are walked over",
+        TILES,
+        "return unmasked_end, tl.maximum(last_query + offset + 1, 0)",
+        "return unmasked_end, num_keys",
+        unspoiled,
+    ),
+    (
+        "a score of +inf makes the lse NaN",
+        FORWARD,
+        'tl.abs(new_max) == float("inf")',
+        'new_max == float("-inf")',
+        unspoiled,
     ),
     (
         "strides of key and value are swapped",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from unittest import mock
+
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.host_sync import no_host_sync
@@ -84,6 +88,70 @@ def test_rows_may_be_far_apart(dtype):
         )  # fmt: skip
     assert torch.equal(far, near)
     assert near[0].count_nonzero() == 20
+
+
+# 17 rows of it pass 2^31 elements
+FAR = 2**27 + 64
+
+
+def of_the_far_row(run):
+    """Call ``run`` with zero logits whose row 16 has a 1 at column 5, its target."""
+    logits = sparse((17, FAR), (FAR, 1), torch.float32)
+    logits[16, 5] = 1.0
+    targets = torch.full((17,), 5)
+    exact = math.log(FAR - 1 + math.e)
+    run(logits, targets, torch.full((17,), torch.nan), torch.full((17,), exact), exact)
+
+
+def last_program(kernel, *arguments, **options):
+    """Run program 16 of 17 alone."""
+    builder = triton.runtime.interpreter.interpreter_builder
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    with (
+        mock.patch.object(builder, "set_grid_dim", lambda *grid: set_dim(17, 1, 1)),
+        mock.patch.object(builder, "set_grid_idx", lambda *index: set_index(16, 0, 0)),
+    ):
+        launch.launch(kernel, (1,), *arguments, **options, num_warps=1, num_stages=1)
+
+
+@interpreted_only
+@pytest.mark.slow
+def test_logits_of_a_chunk_may_pass_2_31_elements():
+    block = dict(BLOCK_V=2**20, ACC=launch.accumulator(torch.float32))
+
+    def loss(logits, targets, losses, lse, exact):
+        last_program(
+            kernel.loss_kernel, logits, logits, targets, losses, lse.fill_(0), FAR, -100,
+            HAS_BIAS=False, **block,
+        )  # fmt: skip
+        assert losses[16].item() == pytest.approx(exact - 1, rel=1e-5)
+        assert lse[16].item() == pytest.approx(exact, rel=1e-5)
+
+    def gradient(logits, targets, losses, lse, exact):
+        # in its own memory, since that of the logits would be written, half a gigabyte
+        dlogits = torch.zeros(FAR, dtype=torch.bfloat16)
+        last_program(
+            kernel.gradient_kernel, logits, dlogits, logits, targets, lse, losses, lse,
+            torch.zeros(17), 0, FAR, -100,
+            SCALE=1.0, HAS_BIAS=False, HAS_WEIGHTS=False, LSE_IS_KNOWN=True, ONE_BLOCK=False,
+            **block,
+        )  # fmt: skip
+        assert dlogits[5].item() == pytest.approx(math.exp(1 - exact) - 1, rel=1e-2)
+        assert dlogits[-1].item() == pytest.approx(math.exp(-exact), rel=1e-2)
+
+    def bias_gradient(logits, targets, losses, lse, exact):
+        dbias = torch.zeros(16)
+        launch.launch(
+            kernel.bias_gradient_kernel, (1,), logits, torch.zeros(16), targets, lse, lse, dbias,
+            17, FAR, -100, HAS_WEIGHTS=False, BLOCK_R=4, BLOCK_V=16, ACC=block["ACC"],
+            num_warps=1, num_stages=1,
+        )  # fmt: skip
+        want = 16 * (math.exp(-exact) - 1) + math.exp(1 - exact) - 1
+        assert dbias[5].item() == pytest.approx(want, rel=1e-6)
+        assert dbias[4].item() == pytest.approx(17 * math.exp(-exact), rel=1e-5)
+
+    for run in (loss, gradient, bias_gradient):
+        in_child(lambda run=run: of_the_far_row(run), seconds=300)
 
 
 @interpreted_only

@@ -375,6 +375,14 @@ def test_report_shows_settings_samples_and_next_tokens(
         assert part in report
 
 
+def test_report_of_a_run_in_this_folder_is_named_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fastlm.train(tiny(tmp_path, out=".", steps=1))
+    assert (tmp_path / "report.md").read_text().startswith(f"# {tmp_path.name}\n")
+
+
 def test_others_open_the_run_with_the_same_logits(finished: tuple[Path, loop.TrainResult]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

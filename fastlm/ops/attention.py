@@ -46,7 +46,9 @@ def causal_attention(
     https://arxiv.org/abs/2307.08691).  The triton backend copies no input and gives the same bits
     in every run; the torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs
     without instructions for them, values whose head_dim is not query's.  On CPU it also allocates a
-    ``(T, S)`` mask of scores where T != S and T > 1.
+    ``(T, S)`` mask of scores where T != S and T > 1.  A NaN or infinity may also spoil positions
+    that do not see it, 0 * NaN being NaN: with reference none, with triton no lse and nothing 256
+    positions away or further, with torch any.
 
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; D from 1 to 256.

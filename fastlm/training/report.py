@@ -35,11 +35,13 @@ def write_report(
     room = max(1, lm.model.config.max_position_embeddings // 2)
     prompt = lm.decode(lm.encode(prompt)[-room:])
     metrics = folder.read_metrics()
-    title = f"{folder.path.name}: {config.data or 'Python standard library'}"
+    # resolved: a run in the folder that one stands in has a name too
+    name = folder.path.resolve().name
+    title = f"{name}: {config.data or 'Python standard library'}"
     drawn = plot_losses(metrics, folder.path / "loss.png", title)
     text = "\n\n".join(
         [
-            f"# {folder.path.name}",
+            f"# {name}",
             loss_table(metrics),
             "![Training and validation loss](loss.png)" if drawn else "No loss.png: no matplotlib.",
             "## Samples",

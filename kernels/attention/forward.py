@@ -125,8 +125,8 @@ def _attend(
             seen = visible(queries[:, None], keys[None, :], num_keys - num_queries)
             scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        # exp2(-inf - -inf) is NaN; a row that has seen only -inf keeps a sum of zero
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+        # inf - inf is NaN; a row that has seen -inf alone keeps a sum of 0, one of +inf gets +inf
+        pivot = tl.where(tl.abs(new_max) == float("inf"), 0.0, new_max)
         p = tl.exp2(scores * scale_log2 - pivot[:, None])
         rescale = tl.exp2(row_max - pivot)
         row_sum = row_sum * rescale + tl.sum(p, 1)

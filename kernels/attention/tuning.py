@@ -42,6 +42,15 @@ FLOAT32: Rows = {
     "dkdv": ((64, Plan(32, 32, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1))),
     "dq": ((64, Plan(32, 32, 4, 1)), (128, Plan(16, 16, 8, 1)), (256, Plan(16, 16, 4, 1))),
 }
+# Head_dims that are no multiple of 16 bytes.  Elements are loaded one by one, a thread of a tile
+# has one column and the address of every row, and fewer rows leave it enough registers.  Products
+# of fewer than 64 rows run as HMMA on sm_90.
+RAGGED: Rows = {
+    "forward": ((64, Plan(128, 64, 8, 1)), (128, Plan(64, 32, 8, 1)), (256, Plan(32, 16, 8, 1))),
+    "dkdv": ((64, Plan(32, 128, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 32, 8, 1))),
+    "dq": ((64, Plan(64, 32, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(32, 16, 8, 1))),
+}
+RAGGED_FLOAT32: Rows = {**FLOAT32, "dq": ((64, Plan(32, 16, 8, 1)), *FLOAT32["dq"][1:])}
 FLOAT64: Rows = {
     "forward": ((256, Plan(16, 16, 8, 1)),),
     "dkdv": ((256, Plan(16, 16, 8, 1)),),
@@ -60,12 +69,17 @@ _BY_ARCH = {
 
 def plan(step: str, head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Plan:
     """The row for ``step``: forward, delta, dkdv or dq.  An unknown arch takes its elder's."""
+    is_ragged = head_dim * dtype.itemsize % 16 or value_dim * dtype.itemsize % 16
     if step == "delta":
         rows = DELTA
-    elif dtype.itemsize == 2:
-        rows = _BY_ARCH[max(known for known in _BY_ARCH if known <= arch)]
+    elif dtype == torch.float64:
+        rows = FLOAT64
+    elif dtype == torch.float32:
+        rows = RAGGED_FLOAT32 if is_ragged else FLOAT32
+    elif is_ragged:
+        rows = RAGGED
     else:
-        rows = FLOAT64 if dtype == torch.float64 else FLOAT32
+        rows = _BY_ARCH[max(known for known in _BY_ARCH if known <= arch)]
     return next(row for limit, row in rows[step] if max(head_dim, value_dim) <= limit)
 
 

@@ -89,10 +89,11 @@ def attention_launches(dtype: torch.dtype) -> None:
     for head_dim in (64, 128, 256):
         _attention(128, 128, 4, 4, head_dim, head_dim, dtype, with_options=False)
         # grouped heads, another value_dim, lengths and strides that nothing divides
-        _attention(77, 133, 6, 2, head_dim - 3, head_dim - 24, dtype, with_options=True)
+        _attention(77, 133, 6, 2, head_dim - 3, head_dim - 5, dtype, with_options=True)
     if dtype == torch.bfloat16:
-        for head_dim in (64, 128):  # what most models run: grouped heads, nothing padded
-            _attention(128, 128, 32, 8, head_dim, head_dim, dtype, with_options=False)
+        # what most models run: grouped heads, nothing padded; then what some do
+        for head_dim, value_dim in ((64, 64), (128, 128), (96, 96), (192, 128)):
+            _attention(128, 128, 32, 8, head_dim, value_dim, dtype, with_options=False)
 
 
 def _attention(
@@ -114,24 +115,25 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
 }
 
 
-# Bytes per thread that registers spill at most on sm_90 under Triton 3.6 and 3.7, rounded up to a
-# power of two, in float32 or with all options on and sizes that nothing divides.
-MOST_STACK = {"attention": 2_048, "cross_entropy": 0, "linear_cross_entropy": 64}
+# Bytes per thread that registers spill at most under Triton 3.6 and 3.7, rounded up to a power of
+# two, in float32, with all options on, or on an architecture that borrows its rows.
+MOST_STACK = {"attention": 16, "cross_entropy": 0, "linear_cross_entropy": 64}
 
 
 def most_stack(binary: dict[str, Any]) -> int:
-    """Bytes this binary may spill: on sm_80 and sm_90 none where a narrow dtype goes its usual way.
+    """Bytes this binary may spill: on sm_80 and sm_90 none in a narrow dtype without a bias.
 
     The other architectures borrow the rows of these two.
     """
-    constants = binary["constants"]
-    has_options = constants.get("HAS_BIAS") == "True" or any(
-        constants.get(size) != constants.get(block)
-        for size, block in (("HEAD_DIM", "BLOCK_D"), ("VALUE_DIM", "BLOCK_V"))
-        if size in constants
-    )
-    is_usual = binary["dtype"] != "float32" and not has_options and binary["arch"] in (80, 90)
+    has_options = binary["dtype"] == "float32" or binary["constants"].get("HAS_BIAS") == "True"
+    is_usual = binary["arch"] in (80, 90) and not has_options
     return 0 if is_usual else MOST_STACK[binary["op"]]
+
+
+def is_ragged(binary: dict[str, Any]) -> bool:
+    """Whether a head_dim has rows of its own, some too small for the units of sm_90 and sm_100."""
+    sizes = [binary["constants"].get(name, "0") for name in ("HEAD_DIM", "VALUE_DIM")]
+    return any(int(size) % 8 for size in sizes)
 
 
 def rows(op: str) -> dict[str, Any]:

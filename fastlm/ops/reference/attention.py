@@ -2,6 +2,9 @@
 
 out[b, t, h] = sum_s p[t, s] value[b, s, g]        g = h // (H / G)
 p[t, s] = exp(scale * query[b, t, h] . key[b, s, g] - lse[b, h, t])    for s <= t + S - T, else 0
+
+Sums run over the pairs with s <= t + S - T alone, so that NaN never reaches a query from a key
+after it, nor a key from a query before it.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     A query that sees no key has out 0 and lse -inf.
     """
     q, k, v = _wide_heads(query, key, value)
-    scores = _scores(q, k, scale)
+    seen = _seen(query.shape[1], key.shape[1], query.device)
+    scores = _scores(q, k, scale, seen)
     lse = scores.logsumexp(-1)
-    out = _probabilities(scores, lse) @ v
+    out = _sum_seen(_probabilities(scores, lse, seen), v, seen)
     return out.transpose(1, 2).to(query.dtype).contiguous(), lse
 
 
@@ -45,17 +49,18 @@ def backward(
     """dquery, dkey, dvalue in the layout and dtype of query, key, value; empty if not needed."""
     q, k, v = _wide_heads(query, key, value)
     do = dout.transpose(1, 2).to(lse.dtype)
-    p = _probabilities(_scores(q, k, scale), lse)
+    seen = _seen(query.shape[1], key.shape[1], query.device)
+    p = _probabilities(_scores(q, k, scale, seen), lse, seen)
     delta = (do * out.transpose(1, 2).to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.masked_fill(lse == -torch.inf, 0.0)
-    seen = _seen(query.shape[1], key.shape[1], query.device)
     ds = (p * (do @ v.transpose(-2, -1) - delta[..., None])).masked_fill(~seen, 0.0)
     grads = [x.new_empty(0) for x in (query, key, value)]
     if need_dquery:
-        grads[0] = (scale * ds @ k).transpose(1, 2).to(query.dtype).contiguous()
+        grads[0] = _sum_seen(scale * ds, k, seen).transpose(1, 2).to(query.dtype).contiguous()
     if need_dkey_dvalue:
-        dk, dv = scale * ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ do
+        dk = _sum_seen(scale * ds.transpose(-2, -1), q, seen.T)
+        dv = _sum_seen(p.transpose(-2, -1), do, seen.T)
         grads[1:] = [_sum_groups(dk, key), _sum_groups(dv, value)]
     return grads[0], grads[1], grads[2]
 
@@ -73,13 +78,26 @@ def _seen(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     return torch.arange(num_keys, device=device) <= queries[:, None] + (num_keys - num_queries)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    seen = _seen(q.shape[2], k.shape[2], q.device)
+def _scores(q: Tensor, k: Tensor, scale: float, seen: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) * scale).masked_fill(~seen, -torch.inf)
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    return (scores - lse[..., None]).exp().masked_fill(lse[..., None] == -torch.inf, 0.0)
+def _probabilities(scores: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
+    nothing = ~seen | (lse[..., None] == -torch.inf)
+    return (scores - lse[..., None]).exp().masked_fill(nothing, 0.0)
+
+
+def _sum_seen(weights: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
+    """``weights @ rows``, weights 0 where not seen, without what 0 * NaN makes of those zeros."""
+    finite = rows.isfinite()
+    if finite.all():
+        return weights @ rows
+    total = weights @ rows.masked_fill(~finite, 0.0)
+    rest = rows.masked_fill(finite, 0.0)
+    for at in (~finite).any(-1).flatten(0, -2).any(0).nonzero().flatten():
+        product = weights[..., at, None] * rest[..., at, None, :]
+        total += product.masked_fill(~seen[:, at, None] | finite[..., at, None, :], 0.0)
+    return total
 
 
 def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
@@ -146,14 +164,26 @@ def _slices(query: Tensor, key: Tensor) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def plain_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's attention in the working dtype; lse from inputs upcast to float32."""
+    """torch's fused attention in the working dtype; lse from inputs upcast to float32.
+
+    torch fuses where query and value have one head_dim.  Elsewhere it would compute in float32,
+    whatever the dtype, so columns of zeros make the two equal: they change no score and no sum.
+    Inputs that are not finite count as 0, lest they leave no finite result to measure errors by.
+    """
     if 0 in (query.numel(), key.numel(), value.numel()):
         return forward(query, key, value, scale)
+    query, key, value = map(_finite, (query, key, value))
     seen = _seen(query.shape[1], key.shape[1], query.device)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    width, value_dim = max(query.shape[-1], value.shape[-1]), value.shape[-1]
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
     wide_q, wide_k, _ = _wide_heads(query, key, value)
-    return out.transpose(1, 2), _scores(wide_q, wide_k, scale).logsumexp(-1)
+    lse = _scores(wide_q, wide_k, scale, seen).logsumexp(-1)
+    return out[..., :value_dim].transpose(1, 2), lse
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def plain_backward(
@@ -172,7 +202,7 @@ def plain_backward(
     with torch.enable_grad():
         out, lse = plain_forward(q, k, v, scale)
         outputs = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse)]
-        roots, grads = zip(*outputs, strict=True)
+        roots, grads = zip(*((root, _finite(grad)) for root, grad in outputs), strict=True)
         dquery, dkey, dvalue = torch.autograd.grad(roots, inputs, grads, materialize_grads=True)
     empty = query.new_empty(0)
     return (

@@ -1,0 +1,67 @@
+"""Bugs planted in the op linear_cross_entropy itself, above its backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.interpreter import interpreted_only
+from support.linear_cross_entropy import assert_same_bits, definition, inputs, ours
+from support.mutants import Mutant, killed
+
+from fastlm import testing
+
+OP = "fastlm/ops/linear_cross_entropy.py"
+MUTANTS = [
+    Mutant("num_items does not divide the gradients", OP,
+           "scale = dloss if divisor is None else dloss / divisor", "scale = dloss"),
+    Mutant("num_items does not divide the loss", OP,
+           "return total if divisor is None else total / divisor", "return total"),
+    Mutant("targets are shifted the other way", OP,
+           "F.pad(target[..., shift:], (0, shift), value=ignore_index)",
+           "F.pad(target[..., : steps - shift], (shift, 0), value=ignore_index)"),
+    Mutant("the last positions predict the first class", OP,
+           "(0, shift), value=ignore_index)", "(0, shift), value=0)"),
+    Mutant("no positions divide their gradients by zero", OP,
+           "divisor.clamp(min=1) if counts else divisor", "divisor"),
+    Mutant("gradients of a kept graph are scaled twice", OP,
+           "(gradient * scale if kept else gradient.mul_(scale))", "gradient.mul_(scale)"),
+    Mutant("the incoming gradient is forgotten per position", OP,
+           "dlosses, *_cast(ctx.dtype, *params)",
+           "torch.ones_like(dlosses), *_cast(ctx.dtype, *params)"),
+    Mutant("ignored positions are counted", OP,
+           "(target != ignore_index).sum()", "(target == target).sum()"),
+]  # fmt: skip
+
+
+def _check() -> None:
+    x, weight, bias, targets = inputs(10, 6, 20, torch.float64)
+    x, targets = x.view(2, 5, 6), targets.view(2, 5)
+    for options in ({}, {"num_items": 3}, {"num_items": torch.tensor(3)}, {"reduction": "none"}):
+        got = testing.run(ours, x, weight, bias, targets, shift=1, backend="torch", **options)
+        reduction = "sum" if "num_items" in options else options.get("reduction", "mean")
+        divisor = 3 if "num_items" in options else 1
+
+        def sliced(x, weight, bias, reduction=reduction, divisor=divisor):
+            loss = definition(x[:, :-1], weight, bias, targets[:, 1:], reduction=reduction)
+            return loss / divisor
+
+        torch.testing.assert_close(got, testing.run(sliced, x, weight, bias))
+    nothing = testing.run(ours, x, weight, bias, targets.fill_(-100), backend="torch")
+    assert not any(gradient.any() for gradient in nothing[1:])
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    loss = ours(*leaves, targets.fill_(1), backend="torch")
+    once = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    kept = [gradient.clone() for gradient in once]
+    assert_same_bits(list(torch.autograd.grad(3 * loss, leaves, retain_graph=True)), kept)
+
+
+@interpreted_only
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_planted_bug_is_noticed(mutant):
+    assert killed(mutant, _check)
+
+
+@interpreted_only
+def test_a_changed_comment_is_not():
+    comment = Mutant("a comment", OP, "What divides the summed loss.", "The divisor.")
+    assert not killed(comment, _check)
