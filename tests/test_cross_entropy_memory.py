@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.cross_entropy import kernels_backward, kernels_forward
 from support.interpreter import interpreted_only
 from support.layouts import layouts
 from support.memory import guarded, in_child, sparse
 from support.mutants import Mutant, killed
 
-from fastlm.kernels import cross_entropy as kernels
 from fastlm.kernels.cross_entropy import tuning
 from fastlm.testing import assert_as_accurate, cross_entropy_inputs
 
@@ -36,9 +36,9 @@ def run_guarded(end: str) -> None:
                 monkeypatch.setattr(torch, "empty", lambda *a, **k: guarded(make(*a, **k), end))
                 monkeypatch.setattr(torch, "empty_like", lambda x: guarded(make(x.shape), end))
                 x, y = guarded(view, end), guarded(targets, end)
-                losses, *saved = kernels.forward(x, y, -100)
+                losses, *saved = kernels_forward(x, y)
                 upstream = guarded(torch.ones(4), end)
-                gradient = kernels.backward(upstream, x, y, *saved, -100)
+                gradient = kernels_backward(upstream, x, y, *saved)
             assert losses.isfinite().all()
             assert gradient.isfinite().all()
 
@@ -50,8 +50,11 @@ def test_stays_inside_its_tensors(end):
 
 def test_an_access_outside_would_be_seen():
     unmasked = Mutant(
-        "no mask on the last block", "kernels/cross_entropy/kernel.py",
-        "mask=cols < vocab_size, other", "mask=cols < vocab_size + 1, other",
+        "no mask on the last block", "kernels/_losses.py",
+        """    in_row = cols < vocab_size
+    logits = tl.load(logits_ptr + cols * stride, mask=in_row""",
+        """    in_row = cols < vocab_size
+    logits = tl.load(logits_ptr + cols * stride, mask=cols < vocab_size + 1""",
     )  # fmt: skip
     assert killed(unmasked, lambda: run_guarded("back"))
 
@@ -63,10 +66,10 @@ def test_a_target_out_of_range_makes_its_row_nan_and_nothing_else(bad, end):
         logits, _ = cross_entropy_inputs(3, 3 * BLOCK + 3)
         good = torch.tensor([1, 2, 3])
         x, y = guarded(logits, end), guarded(torch.tensor([1, bad, 3]), end)
-        losses, *saved = kernels.forward(x, y, -100)
-        gradient = kernels.backward(torch.ones(3), x, y, *saved, -100)
-        want, *want_saved = kernels.forward(x, good, -100)
-        want_gradient = kernels.backward(torch.ones(3), x, good, *want_saved, -100)
+        losses, *saved = kernels_forward(x, y)
+        gradient = kernels_backward(torch.ones(3), x, y, *saved)
+        want, *want_saved = kernels_forward(x, good)
+        want_gradient = kernels_backward(torch.ones(3), x, good, *want_saved)
         assert losses.isnan().tolist() == [False, True, False]
         assert gradient.isnan().all(-1).tolist() == [False, True, False]
         for row in (0, 2):
@@ -93,11 +96,11 @@ def test_offsets_pass_2_to_the_31(shape, strides, dtype):
         targets = torch.randint(shape[-1], shape[:-1])
         x = sparse(shape, strides, dtype).copy_(values)
         assert 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) > 2**31
-        losses, *saved = kernels.forward(x, targets, -100)
-        gradient = kernels.backward(torch.ones_like(losses), x, targets, *saved, -100)
-        want, *want_saved = kernels.forward(values, targets, -100)
+        losses, *saved = kernels_forward(x, targets)
+        gradient = kernels_backward(torch.ones_like(losses), x, targets, *saved)
+        want, *want_saved = kernels_forward(values, targets)
         assert torch.equal(losses, want)
-        want_gradient = kernels.backward(torch.ones_like(want), values, targets, *want_saved, -100)
+        want_gradient = kernels_backward(torch.ones_like(want), values, targets, *want_saved)
         assert torch.equal(gradient, want_gradient)
 
     in_child(check)
@@ -122,7 +125,7 @@ def test_the_gradient_may_have_more_than_2_to_the_31_elements(monkeypatch):
             maximum[row] = logits[0].max()
             log_sum[row] = (logits[0].float() - logits[0].max()).exp().sum().log()
         targets = sparse((rows,), (1,), torch.int64)
-        gradient = kernels.backward(per_row, logits, targets, maximum, log_sum, -100)
+        gradient = kernels_backward(per_row, logits, targets, maximum, log_sum)
         torch.empty = make
         exact = torch.softmax(logits[0].double(), -1)
         exact[0] -= 1

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.layouts import layouts
 from support.linear_cross_entropy import (
+    NO_OPTIONS,
     assert_same_bits,
     definition,
     forced,
@@ -312,11 +313,13 @@ def test_never_holds_the_logits(dtype, step, backend, device):
         # the functions themselves: a mode does not see into an operator
         module = importlib.import_module(op.BACKENDS[backend])
         if step == "forward":
-            module.forward(*arguments, -100)
+            module.forward(*arguments, None, *NO_OPTIONS, False)
         elif step == "gradients":
-            module.gradients(*arguments, -100, *needs)
+            module.gradients(*arguments, None, None, *NO_OPTIONS, False, *needs)
         else:
-            module.backward(losses, *arguments, losses, -100, *needs)
+            module.backward(
+                losses, None, None, None, *arguments, None, losses, losses, *NO_OPTIONS, *needs
+            )
 
     with forced(rows=2), NothingLarge(2 * 2 * 512 + 1):
         run_step(backend)

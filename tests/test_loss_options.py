@@ -12,6 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.cross_entropy import force_tiny_blocks
 from support.linear_cross_entropy import forced, inputs
+from support.losses import (
+    OPTIONS,
+    definition,
+    flattened,
+    judge,
+    linear,
+    linear_definition,
+    ours,
+    transformed,
+    weights,
+)
 from torch import Tensor
 
 import fastlm
@@ -21,24 +32,9 @@ from fastlm.testing import cross_entropy_inputs
 BACKENDS = ["triton", "torch", "reference"]
 FAST = ["triton", "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-VOCAB_SIZE = 41
+VOCAB_SIZE = 35
 
 
-def weights(vocab_size: int, device: str) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return (0.1 + torch.rand(vocab_size, generator=generator)).to(device)
-
-
-# name -> value; "weight" and "statistics" are told apart below
-OPTIONS: dict[str, Any] = {
-    "weight": True,
-    "label_smoothing": 0.1,
-    "softcap": 4.0,
-    "logit_scale": -0.6,
-    "z_loss": 0.02,
-    "return_stats": True,
-    "reduction": "none",
-}
 PAIRS = [dict([a, b]) for a, b in itertools.combinations(OPTIONS.items(), 2)]
 ALONE = [{name: value} for name, value in OPTIONS.items()]
 CASES = [*ALONE, *PAIRS, OPTIONS, {**OPTIONS, "reduction": "mean"}, {**OPTIONS, "reduction": "sum"}]
@@ -48,96 +44,32 @@ def named(case: dict[str, Any]) -> str:
     return "-".join(case)
 
 
-def transformed(logits: Tensor, options: dict[str, Any]) -> Tensor:
-    x = logits * options.get("logit_scale", 1.0)
-    cap = options.get("softcap")
-    return x if cap is None else cap * torch.tanh(x / cap)
-
-
-def definition(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """The loss, and with ``return_stats`` log-probability, lse and entropy, by torch."""
-    x = transformed(logits, options)
-    reduction = options.get("reduction", "mean")
-    weight = weights(x.shape[-1], str(x.device)).to(x.dtype) if "weight" in options else None
-    smoothing = options.get("label_smoothing", 0.0)
-    loss = F.cross_entropy(x, targets, weight, label_smoothing=smoothing, reduction=reduction)
-    kept = targets != -100
-    lse = x.logsumexp(-1).masked_fill(~kept, 0.0)
-    squares = options.get("z_loss", 0.0) * lse.square()
-    total = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / kept.sum()}
-    if "z_loss" in options:
-        loss = loss + total[reduction]
-    if "return_stats" not in options:
-        return (loss,)
-    logprobs = x.log_softmax(-1)
-    of_target = logprobs.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(~kept, 0.0)
-    entropy = -(logprobs.exp() * logprobs).sum(-1).masked_fill(~kept, 0.0)
-    return loss, of_target, lse, entropy
-
-
-def flattened(result: Any) -> tuple[Tensor, ...]:
-    """The differentiable outputs of ours."""
-    if isinstance(result, Tensor):
-        return (result,)
-    loss, stats = result
-    return loss, stats.logprobs, stats.lse, stats.entropy
-
-
-def ours(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    if "weight" in options:
-        options["weight"] = weights(logits.shape[-1], str(logits.device))
-    return flattened(fastlm.cross_entropy(logits, targets, **options))
-
-
-def linear(
-    x: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, **options: Any
-) -> tuple[Tensor, ...]:
-    if "weight" in options:
-        options["weight"] = weights(matrix.shape[0], str(x.device))
-    return flattened(fastlm.linear_cross_entropy(x, matrix, targets, linear_bias=bias, **options))
-
-
-def linear_definition(
-    x: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, **options: Any
-) -> tuple[Tensor, ...]:
-    return definition(F.linear(x, matrix, bias), targets, **options)
-
-
-def judge(function: Any, by_torch: Any, arguments: Any, backend: str, options: Any) -> None:
-    dtype = arguments[0].dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    actual = testing.run(function, *arguments, backend=backend, **options)
-    plain = testing.run(by_torch, *arguments, dtype=wide, **options)
-    truth = testing.run(by_torch, *arguments, dtype=torch.float64, **options)
-    testing.assert_all_as_accurate(backend, actual, plain=plain, truth=truth)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_cross_entropy_with_every_pair_of_options(case, backend, device, monkeypatch):
     force_tiny_blocks(monkeypatch)
-    for dtype in (torch.float32, torch.bfloat16):
-        arguments = cross_entropy_inputs(24, VOCAB_SIZE, dtype, device)
-        judge(ours, definition, arguments, backend, case)
+    dtype = DTYPES[len(named(case)) % 3]
+    arguments = cross_entropy_inputs(12, VOCAB_SIZE, dtype, device)
+    judge(ours, definition, arguments, backend, case)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_linear_cross_entropy_with_every_pair_of_options(case, backend, device):
-    with forced(rows=16, block_v=16):
-        arguments = inputs(24, 6, VOCAB_SIZE, device=device)
+    with forced(rows=8, block_v=16):
+        arguments = inputs(12, 6, VOCAB_SIZE, device=device)
         judge(linear, linear_definition, arguments, backend, case)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("vocab_size", [41, 300])
+@pytest.mark.parametrize("vocab_size", [41, 150])
 def test_linear_cross_entropy_of_narrow_inputs_with_all_options(
     vocab_size, reduction, dtype, backend, device
 ):
-    with forced(rows=40, block_v=64):
-        arguments = inputs(64, 8, vocab_size, dtype, device)
+    with forced(rows=14, block_v=64):
+        arguments = inputs(24, 8, vocab_size, dtype, device)
         options = {**OPTIONS, "reduction": reduction}
         judge(linear, linear_definition, arguments, backend, options)
 
@@ -181,7 +113,7 @@ def test_float16_gradients_of_logits_do_not_overflow(reduction, options, device)
 def test_predictions_are_the_first_of_the_largest(kind, backend, device, monkeypatch):
     force_tiny_blocks(monkeypatch)
     logits = torch.zeros(5, VOCAB_SIZE, device=device)
-    logits[1, 40] = logits[2, 3] = logits[2, 35] = 2.0
+    logits[1, 34] = logits[2, 3] = logits[2, 30] = 2.0
     logits[3] = -torch.inf
     logits[3, 33] = 0.0
     targets = torch.tensor([1, 2, 3, 33, -100], device=device)
@@ -194,7 +126,7 @@ def test_predictions_are_the_first_of_the_largest(kind, backend, device, monkeyp
                 eye, logits.t().contiguous().clamp(min=-1e30), targets,
                 return_stats=True, backend=backend,
             )  # fmt: skip
-    assert stats.predictions.tolist() == [0, 40, 3, 33, -1]
+    assert stats.predictions.tolist() == [0, 34, 3, 33, -1]
     assert stats.num_items.item() == 4
     assert stats.lse[4] == stats.entropy[4] == stats.logprobs[4] == 0
     assert stats.entropy[3] == stats.logprobs[3] == 0
@@ -288,13 +220,14 @@ def test_gradcheck_of_everything_cross_entropy_returns(device, monkeypatch):
             )
         )
 
-    assert torch.autograd.gradcheck(everything, logits.requires_grad_(), nondet_tol=0)
+    leaf = logits.requires_grad_()
+    assert torch.autograd.gradcheck(everything, leaf, nondet_tol=0, fast_mode=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck_of_everything_linear_cross_entropy_returns(reduction, device):
-    x, matrix, bias, targets = inputs(3, 2, 19, torch.float64, device)
-    weight = weights(19, device).double()
+    x, matrix, bias, targets = inputs(3, 2, 11, torch.float64, device)
+    weight = weights(11, device).double()
 
     def everything(*params: Tensor) -> tuple[Tensor, ...]:
         x, matrix, bias = params
@@ -306,8 +239,8 @@ def test_gradcheck_of_everything_linear_cross_entropy_returns(reduction, device)
         )  # fmt: skip
 
     leaves = [t.requires_grad_() for t in (x, matrix, bias)]
-    with forced(rows=2, block_v=8):
-        assert torch.autograd.gradcheck(everything, leaves, nondet_tol=0)
+    with forced(rows=2, block_v=4):
+        assert torch.autograd.gradcheck(everything, leaves, nondet_tol=0, fast_mode=True)
 
 
 # Refusals
@@ -371,13 +304,13 @@ FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), database=Non
 
 
 @given(problem=problems())
-@settings(max_examples=20, derandomize=True, **FUZZ)
+@settings(max_examples=12, derandomize=True, **FUZZ)
 def test_any_combination(problem, device):
     check_problem(problem, device)
 
 
 @pytest.mark.slow
 @given(problem=problems())
-@settings(max_examples=200, **FUZZ)
+@settings(max_examples=120, **FUZZ)
 def test_two_hundred_combinations(problem, device):
     check_problem(problem, device)

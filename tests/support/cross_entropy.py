@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
+from fastlm.kernels import cross_entropy as kernels
 from fastlm.kernels.cross_entropy import tuning
 from fastlm.testing import assert_all_as_accurate, run
 
 BACKENDS = ["triton", "torch", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = 16  # of the tiny plan
+# weight, ignore_index, label_smoothing, softcap, logit_scale
+NO_OPTIONS = (None, -100, 0.0, None, 1.0)
 
 
 def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +60,20 @@ def bits(results: list[Tensor]) -> list[Tensor]:
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor], why: str = "") -> None:
     for got, want in zip(bits(actual), bits(expected), strict=True):
         assert torch.equal(got, want), why
+
+
+def kernels_forward(x: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Losses, maximum and log_sum by the kernel itself."""
+    return kernels.forward(x, targets, *NO_OPTIONS, False)[:3]
+
+
+def kernels_backward(
+    dlosses: Tensor, x: Tensor, targets: Tensor, maximum: Tensor, log_sum: Tensor
+) -> Tensor:
+    weight, *options = NO_OPTIONS
+    return kernels.backward(
+        dlosses, None, None, None, x, targets, weight, maximum, log_sum, log_sum, *options
+    )
 
 
 def losses_and_gradient(

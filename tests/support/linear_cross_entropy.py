@@ -17,6 +17,8 @@ from fastlm.kernels.linear_cross_entropy import tuning
 
 LAUNCH = "fastlm.kernels.linear_cross_entropy.launch"
 EAGER = "fastlm.ops.eager.linear_cross_entropy"
+# ignore_index, label_smoothing, softcap, logit_scale
+NO_OPTIONS = (-100, 0.0, None, 1.0)
 
 
 def inputs(
