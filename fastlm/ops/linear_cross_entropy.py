@@ -93,9 +93,11 @@ def linear_cross_entropy(
 
     divisor = _divisor(num_items, target, reduction, ignore_index)
     differentiable = (
-        (input, linear_weight) if linear_bias is None else (input, linear_weight, linear_bias)
+        input.requires_grad
+        or linear_weight.requires_grad
+        or (linear_bias is not None and linear_bias.requires_grad)
     )
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
+    if not (torch.is_grad_enabled() and differentiable):
         cast = _cast(dtype, input, linear_weight, linear_bias)
         losses, _ = _forward(*cast, target, ignore_index, backend)
         return _reduced(losses, reduction, divisor, shift)

@@ -21,7 +21,7 @@ from fastlm.kernels._chunks import (
     within_float16,
 )
 from fastlm.ops.eager.cross_entropy import all_are_classes
-from fastlm.ops.reference.cross_entropy import check_targets, log_sum_exp
+from fastlm.ops.reference.cross_entropy import check_targets
 
 _OP = "linear_cross_entropy"
 
@@ -168,8 +168,10 @@ def _sweep(
         if bias is not None:
             z.add_(bias)
         if not any_gradient:
-            lse[rows] = log_sum_exp(z)[:, None]
-            torch.sub(lse[rows], z.gather(1, y), out=losses[rows])
+            total = torch.logsumexp(z, 1, keepdim=True, out=lse[rows])
+            # where a logit is +inf, as the softmax is
+            total.masked_fill_(total == torch.inf, torch.nan)
+            torch.sub(total, z.gather(1, y), out=losses[rows])
             continue
         if lse is not None:
             z.sub_(lse[rows]).exp_()
