@@ -211,10 +211,7 @@ def _sweep(
         upstream = replace(upstream, dlosses=dlosses.masked_fill(outside[:, 0], torch.nan))
     upstream = upstream.each_row(lambda x: x[:, None])
     lse, entropy = (None if x is None else x[:, None] for x in (known_lse, known_entropy))
-    in_one_pass = (
-        need_gradient and lse is None and options.is_plain and not need_stats
-        and upstream.z_weight is None
-    )  # fmt: skip
+    is_plain = options.is_plain and not need_stats and upstream.z_weight is None
 
     parts: list[RowLosses] = []
     step = rows_per_chunk(num_rows, vocab_size, input.device.type)
@@ -226,8 +223,11 @@ def _sweep(
         if bias is not None:
             z.add_(bias)
         chunk, skipped = upstream[rows], None if ignored is None else ignored[rows]
-        if in_one_pass:
-            parts.append(_in_one_pass(z, y[rows], chunk.dlosses, skipped))
+        if lse is None and is_plain and not need_gradient:
+            parts.append(_plain_losses(z, y[rows]))
+            continue
+        if lse is None and is_plain:
+            parts.append(_with_gradient(z, y[rows], chunk.dlosses, skipped))
         else:
             if lse is None:
                 known = row_losses(z, y[rows], options, need_stats=need_stats)
@@ -251,19 +251,30 @@ def _sweep(
     return _together(parts, ignored, outside), (linear.dinput, linear.dweight, dbias)
 
 
-def _in_one_pass(
+def _plain_losses(z: Tensor, targets: Tensor) -> RowLosses:
+    """Losses of logits that nothing is done to, and nothing else asked of."""
+    lse = z.logsumexp(1, keepdim=True)
+    # where a logit is +inf, as the softmax is
+    lse.masked_fill_(lse == torch.inf, torch.nan)
+    return _rows_of(lse - z.gather(1, targets), lse)
+
+
+def _with_gradient(
     z: Tensor, targets: Tensor, dlosses: Tensor | None, ignored: Tensor | None
 ) -> RowLosses:
-    """Losses of logits, and their gradient over them, with a row in the cache throughout."""
+    """The same, and their gradient over them, with a row in the cache throughout."""
     at_target = z.gather(1, targets)
     torch.log_softmax(z, 1, out=z)
     losses = z.gather(1, targets).neg_()
     probability_gradient_(z, targets, RowFactors(of_target=dlosses), None)
     if ignored is not None:
         z.masked_fill_(ignored, 0.0)
-    nothing = z.new_empty(0, 1)
+    return _rows_of(losses, at_target + losses)
+
+
+def _rows_of(losses: Tensor, lse: Tensor) -> RowLosses:
+    nothing = lse.new_empty(0, 1)
     predictions = torch.empty_like(nothing, dtype=torch.int64)
-    lse = at_target + losses
     return RowLosses(losses, lse, torch.zeros_like(lse), nothing, nothing, predictions)
 
 
