@@ -15,18 +15,23 @@ from support.interpreter import interpreted_only, permuted_grid
 from support.linear_cross_entropy import (
     assert_same_bits,
     forced,
+    gradient_of_chunk,
     inputs,
     judge,
     ours,
+    plain_loss,
+    run_kernel,
 )
+from support.losses import OPTIONS, linear, linear_definition
+from support.losses import judge as judge_options
 from support.memory import guarded, in_child, sparse
 from support.mutants import Mutant, killed
 from support.poison import poisoned
 
 from fastlm import testing
-from fastlm.kernels._chunks import Operand
+from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import recorded
-from fastlm.kernels.linear_cross_entropy import kernel, launch
+from fastlm.kernels.linear_cross_entropy import chunk, kernel
 
 NARROW = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *NARROW]
@@ -51,21 +56,25 @@ def test_edges_of_blocks(vocab_size, dtype, device):
 def test_touches_nothing_outside_its_tensors(end, block_v):
     x, weight, bias, targets = inputs(6, 4, 37)
     targets[1], targets[2] = 37, -1
-    wide = torch.empty(6)
+    per_row = torch.ones(6)
 
     def run():
         with forced(block_v=block_v):
             for dtype in DTYPES:
                 logits = guarded(x @ weight.t(), end)
-                per_row = [guarded(wide, end) for _ in range(3)]
-                b, y = guarded(bias.to(dtype), end), guarded(targets, end)
-                launch._launch_loss(logits, b, per_row[0], per_row[1], y, -100)
+                rows = chunk.Rows(*(guarded(per_row, end) for _ in range(4)), guarded(targets, end))
+                y, class_weights = guarded(targets, end), guarded(torch.ones(37), end)
+                total = guarded(torch.tensor([37.0]), end)
+                b = guarded(bias.to(dtype), end)
+                loss = chunk.Loss(b, class_weights, total, -100, 0.1, 3.0, 0.5)
+                upstream = Upstream(*(guarded(per_row, end) for _ in range(4)), total)
+                chunk.launch_loss(logits, y, loss, rows)
                 dbias = guarded(torch.zeros(37), end)
-                launch._launch_bias_gradient(logits, b, y, per_row[2], per_row[1], dbias, -100)
-                for losses in (per_row[0], None):
+                chunk.launch_bias_gradient(logits, y, loss, upstream, rows, dbias)
+                for lse_is_known in (False, True):
                     logits = guarded(x @ weight.t(), end)
-                    launch._launch_gradient(
-                        logits, Operand(dtype), b, y, per_row[2], losses, per_row[1], -100
+                    chunk.launch_gradient(
+                        logits, Operand(dtype), y, loss, upstream, rows, lse_is_known=lse_is_known
                     )
 
     in_child(run)
@@ -79,12 +88,10 @@ def test_rows_may_be_far_apart(dtype):
     far = sparse((3, 20), (stride, 1), dtype)
     near = torch.empty(3, 20, dtype=dtype)
     for out in (far, near):
-        per_row = [torch.empty(3) for _ in range(3)]
-        launch.launch(
-            kernel.gradient_kernel, (3,),
-            logits, out, logits, targets, per_row[0], *per_row, out.stride(0), 20, -100,
-            SCALE=1.0, HAS_BIAS=False, HAS_WEIGHTS=False, LSE_IS_KNOWN=False, ONE_BLOCK=False,
-            BLOCK_V=16, ACC=launch.accumulator(torch.float32), num_warps=1, num_stages=1,
+        run_kernel(
+            kernel.gradient_kernel, (3,), logits_ptr=logits, dlogits_ptr=out, targets_ptr=targets,
+            losses_ptr=torch.empty(3), lse_ptr=torch.empty(3), residuals_ptr=torch.empty(3),
+            stride_dlogits=out.stride(0), vocab_size=20, BLOCK_V=16,
         )  # fmt: skip
     assert torch.equal(far, near)
     assert near[0].count_nonzero() == 20
@@ -103,7 +110,7 @@ def of_the_far_row(run):
     run(logits, targets, torch.full((17,), torch.nan), torch.full((17,), exact), exact)
 
 
-def last_program(kernel, *arguments, **options):
+def last_program(kernel, **given):
     """Run program 16 of 17 alone."""
     builder = triton.runtime.interpreter.interpreter_builder
     set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
@@ -111,18 +118,16 @@ def last_program(kernel, *arguments, **options):
         mock.patch.object(builder, "set_grid_dim", lambda *grid: set_dim(17, 1, 1)),
         mock.patch.object(builder, "set_grid_idx", lambda *index: set_index(16, 0, 0)),
     ):
-        launch.launch(kernel, (1,), *arguments, **options, num_warps=1, num_stages=1)
+        run_kernel(kernel, (1,), **given)
 
 
 @interpreted_only
 @pytest.mark.slow
 def test_logits_of_a_chunk_may_pass_2_31_elements():
-    block = dict(BLOCK_V=2**20, ACC=launch.accumulator(torch.float32))
-
     def loss(logits, targets, losses, lse, exact):
         last_program(
-            kernel.loss_kernel, logits, logits, targets, losses, lse.fill_(0), FAR, -100,
-            HAS_BIAS=False, **block,
+            kernel.loss_kernel, logits_ptr=logits, targets_ptr=targets, losses_ptr=losses,
+            lse_ptr=lse.fill_(0), vocab_size=FAR, BLOCK_V=2**20,
         )  # fmt: skip
         assert losses[16].item() == pytest.approx(exact - 1, rel=1e-5)
         assert lse[16].item() == pytest.approx(exact, rel=1e-5)
@@ -131,20 +136,19 @@ def test_logits_of_a_chunk_may_pass_2_31_elements():
         # in its own memory, since that of the logits would be written, half a gigabyte
         dlogits = torch.zeros(FAR, dtype=torch.bfloat16)
         last_program(
-            kernel.gradient_kernel, logits, dlogits, logits, targets, lse, losses, lse,
-            torch.zeros(17), 0, FAR, -100,
-            SCALE=1.0, HAS_BIAS=False, HAS_WEIGHTS=False, LSE_IS_KNOWN=True, ONE_BLOCK=False,
-            **block,
+            kernel.gradient_kernel, logits_ptr=logits, dlogits_ptr=dlogits, targets_ptr=targets,
+            lse_ptr=lse, residuals_ptr=torch.zeros(17), stride_dlogits=0, vocab_size=FAR,
+            LSE_IS_KNOWN=True, BLOCK_V=2**20,
         )  # fmt: skip
         assert dlogits[5].item() == pytest.approx(math.exp(1 - exact) - 1, rel=1e-2)
         assert dlogits[-1].item() == pytest.approx(math.exp(-exact), rel=1e-2)
 
     def bias_gradient(logits, targets, losses, lse, exact):
         dbias = torch.zeros(16)
-        launch.launch(
-            kernel.bias_gradient_kernel, (1,), logits, torch.zeros(16), targets, lse, lse, dbias,
-            17, FAR, -100, HAS_WEIGHTS=False, BLOCK_R=4, BLOCK_V=16, ACC=block["ACC"],
-            num_warps=1, num_stages=1,
+        run_kernel(
+            kernel.bias_gradient_kernel, (1,), logits_ptr=logits, bias_ptr=torch.zeros(16),
+            targets_ptr=targets, lse_ptr=lse, dbias_ptr=dbias, rows=17, vocab_size=FAR,
+            BLOCK_R=4, BLOCK_V=16,
         )  # fmt: skip
         want = 16 * (math.exp(-exact) - 1) + math.exp(1 - exact) - 1
         assert dbias[5].item() == pytest.approx(want, rel=1e-6)
@@ -180,13 +184,8 @@ def test_a_row_does_not_depend_on_the_others(device):
     order = torch.randperm(9, device=device)
 
     def run(logits, targets):
-        losses, lse = torch.empty(2, 9, device=device)
-        logits = logits.clone()
         with forced(block_v=16):
-            dlogits, _ = launch._launch_gradient(
-                logits, Operand(torch.float32), bias, targets, None, losses, lse, -100
-            )
-        return losses, lse, dlogits
+            return gradient_of_chunk(logits.clone(), Operand(torch.float32), bias, targets)
 
     straight, permuted = run(logits, targets), run(logits[order], targets[order])
     assert_same_bits(list(permuted), [t[order] for t in straight])
@@ -246,31 +245,38 @@ def test_any_sizes_agree_with_torch(
 
 KERNEL = "kernels/linear_cross_entropy/kernel.py"
 CHUNKS = "kernels/_chunks.py"
+SHARED = "kernels/_losses.py"
 MUTANTS = [
-    Mutant("no rescale of the running sum", KERNEL,
-           "running_sum * tl.exp(running_max - pivot) + tl.exp(x - pivot)",
-           "running_sum + tl.exp(x - pivot)"),
-    Mutant("padding counts as a logit of zero", KERNEL,
-           'x = tl.load(logits_ptr + cols, mask=mask, other=float("-inf")).to(ACC)',
-           "x = tl.load(logits_ptr + cols, mask=mask, other=0.0).to(ACC)"),
+    Mutant("a row in registers is summed without its maximum", SHARED,
+           "e = tl.exp(x - maximum)", "e = tl.exp(x)"),
     Mutant("ignored rows keep their gradient", KERNEL,
-           "dx = tl.where(ignored, 0.0, tl.exp(x - lse) * weight)",
-           "dx = tl.exp(x - lse) * weight"),
+           "dx = tl.where(ignored, 0.0, tl.where(x_target == x_target, dx, x_target))",
+           "dx = tl.where(x_target == x_target, dx, 0.5)"),
     Mutant("the target keeps its probability", KERNEL,
            "dx = tl.where(cols == target, dx_target, dx)",
            "dx = tl.where(cols == target, dx, dx)"),
-    Mutant("weights of rows are not used", KERNEL,
-           "        weight *= tl.load(weights_ptr + row)\n",
-           "        weight *= tl.load(weights_ptr)\n"),
+    Mutant("one incoming gradient for all rows", KERNEL,
+           "dloss = tl.load(dlosses_ptr + row)\n", "dloss = tl.load(dlosses_ptr)\n"),
+    Mutant("the z-loss has half its gradient", KERNEL,
+           "of_all += 2.0 * tl.load(z_weight_ptr) * lse\n    # one",
+           "of_all += tl.load(z_weight_ptr) * lse\n    # one"),
+    Mutant("the entropy of a row in registers is not centred", SHARED,
+           'tl.where(x == float("-inf"), 0.0, x - maximum), 0) / total', "x, 0) / total"),
+    Mutant("the bias sees targets without their weight", KERNEL,
+           "w_target = tl.load(weight_ptr + target, mask=valid & counted, other=0.0)",
+           "w_target = dloss"),
+    Mutant("the loss is smoothed by a mean, not by the weighted sum", SHARED,
+           "uniform = weight_sum * lse_above_origin - weighted",
+           "uniform = vocab_size * lse_above_origin - weighted"),
     Mutant("the residual is forgotten", KERNEL,
            "tl.store(residuals_ptr + row, dx_target - stored)",
            "tl.store(residuals_ptr + row, dx_target - dx_target)"),
-    Mutant("the bias is not in the logit of the target", KERNEL,
-           "x += tl.load(bias_ptr + target, mask=valid, other=0.0).to(ACC)",
-           "x += 0.0"),
-    Mutant("a target out of range is read", KERNEL,
-           "valid = (target >= 0) & (target < vocab_size) & (ignored == 0)",
-           "valid = ignored == 0"),
+    Mutant("the bias is not in the logit of the target", SHARED,
+           "logit += tl.load(bias_ptr + target, mask=valid, other=0.0).to(ACC)",
+           "logit += 0.0"),
+    Mutant("a target out of range is read", SHARED,
+           "valid = (target >= 0) & (target < vocab_size) & (target != ignore_index)",
+           "valid = target != ignore_index"),
     Mutant("rows after the first chunk are lost from the bias", KERNEL,
            "tl.store(dbias_ptr + cols, before + tl.sum(total, 0), mask=in_row)",
            "tl.store(dbias_ptr + cols, tl.sum(total, 0), mask=in_row)"),
@@ -297,11 +303,14 @@ def _check() -> None:
     first = torch.autograd.grad(loss, leaves, 3 * torch.ones_like(loss), retain_graph=True)
     again = torch.autograd.grad(loss, leaves, 3 * torch.ones_like(loss), retain_graph=True)
     assert_same_bits(list(first), list(again))
-    logits = guarded(torch.randn(2, 37))
-    losses, lse = torch.empty(2, 2)
+    rows = chunk.Rows.empty(x, 2, torch.float32, need_stats=False)
     far = torch.tensor([2**40, 1])
-    launch._launch_loss(logits, None, losses, lse, far, -100)
-    assert losses[0].isnan()
+    chunk.launch_loss(guarded(torch.randn(2, 37)), far, plain_loss(None), rows)
+    assert rows.losses[0].isnan()
+    with forced(rows=3, block_v=16):
+        for reduction in ("mean", "none"):
+            options = {**OPTIONS, "reduction": reduction}
+            judge_options(linear, linear_definition, inputs(5, 4, 37), "triton", options)
 
 
 @interpreted_only

@@ -11,25 +11,25 @@ from support.mutants import Mutant, killed
 from fastlm import testing
 
 OP = "fastlm/ops/linear_cross_entropy.py"
+LOSSES = "fastlm/ops/cross_entropy.py"
 MUTANTS = [
     Mutant("num_items does not divide the gradients", OP,
-           "scale = dloss if divisor is None else dloss / divisor", "scale = dloss"),
+           "scale = _over(dloss, _safe(divisor))", "scale = dloss"),
     Mutant("num_items does not divide the loss", OP,
-           "return total if divisor is None else total / divisor", "return total"),
+           "total = _over(losses.sum(), divisor)", "total = losses.sum()"),
     Mutant("targets are shifted the other way", OP,
            "F.pad(target[..., shift:], (0, shift), value=ignore_index)",
            "F.pad(target[..., : steps - shift], (shift, 0), value=ignore_index)"),
     Mutant("the last positions predict the first class", OP,
            "(0, shift), value=ignore_index)", "(0, shift), value=0)"),
     Mutant("no positions divide their gradients by zero", OP,
-           "divisor.clamp(min=1) if counts else divisor", "divisor"),
+           "divisor.masked_fill(divisor == 0, 1)", "divisor"),
     Mutant("gradients of a kept graph are scaled twice", OP,
-           "(gradient * scale if kept else gradient.mul_(scale))", "gradient.mul_(scale)"),
+           "x * scale if kept else x.mul_(scale)", "x.mul_(scale)"),
     Mutant("the incoming gradient is forgotten per position", OP,
-           "dlosses, *_cast(ctx.dtype, *params)",
-           "torch.ones_like(dlosses), *_cast(ctx.dtype, *params)"),
-    Mutant("ignored positions are counted", OP,
-           "(target != ignore_index).sum()", "(target == target).sum()"),
+           "if dlosses is None else dlosses\n", "if dlosses is None else torch.ones_like(dlosses)\n"),
+    Mutant("ignored positions are counted", LOSSES,
+           "(self._target != self._ignore_index).sum()", "(self._target == self._target).sum()"),
 ]  # fmt: skip
 
 
@@ -63,5 +63,7 @@ def test_a_planted_bug_is_noticed(mutant):
 
 @interpreted_only
 def test_a_changed_comment_is_not():
-    comment = Mutant("a comment", OP, "What divides the summed loss.", "The divisor.")
+    comment = Mutant(
+        "a comment", OP, "The gradient of a mean over nothing is zero.", "The divisor."
+    )
     assert not killed(comment, _check)

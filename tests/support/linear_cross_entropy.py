@@ -13,7 +13,9 @@ from torch import Tensor
 
 import fastlm
 from fastlm import testing
-from fastlm.kernels.linear_cross_entropy import tuning
+from fastlm.kernels._chunks import Operand, Upstream
+from fastlm.kernels._launch import accumulator, launch
+from fastlm.kernels.linear_cross_entropy import chunk, tuning
 
 LAUNCH = "fastlm.kernels.linear_cross_entropy.launch"
 EAGER = "fastlm.ops.eager.linear_cross_entropy"
@@ -83,6 +85,34 @@ def assert_same_bits(actual: list[Tensor | None], expected: list[Tensor | None])
         if got is not None and want is not None:
             same = (got == want) | (got.isnan() & want.isnan())
             assert same.all(), f"result {position} differs"
+
+
+def plain_loss(bias: Tensor | None) -> chunk.Loss:
+    return chunk.Loss(bias, None, None, *NO_OPTIONS)
+
+
+def gradient_of_chunk(
+    logits: Tensor, operand: Operand, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, lse and the gradient of their sum, by the kernel itself; over the logits."""
+    rows = chunk.Rows.empty(logits, len(logits), torch.float32, need_stats=False)
+    dlogits, _ = chunk.launch_gradient(
+        logits, operand, targets, plain_loss(bias), Upstream(), rows, lse_is_known=False
+    )
+    return rows.losses, rows.lse, dlogits
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
+    """Launch with what is ``given`` by name; nothing is asked for by the other arguments."""
+    others = {"ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "logit_scale": 1.0,
+              "SCALE": 1.0, "ACC": accumulator(torch.float32)}  # fmt: skip
+    values = {}
+    for name in kernel.arg_names:
+        unused = given["logits_ptr"] if name.endswith("_ptr") else False
+        values[name] = given.get(name, others.get(name, unused))
+    arguments = [value for name, value in values.items() if not name.isupper()]
+    constants = {name: value for name, value in values.items() if name.isupper()}
+    launch(kernel, grid, *arguments, **constants, num_warps=1, num_stages=1)
 
 
 @contextlib.contextmanager
