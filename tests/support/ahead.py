@@ -117,7 +117,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
 
 # Bytes per thread that registers spill at most under Triton 3.6 and 3.7, rounded up to a power of
 # two, in float32, with all options on, or on an architecture that borrows its rows.
-MOST_STACK = {"attention": 16, "cross_entropy": 0, "linear_cross_entropy": 64}
+MOST_STACK = {"attention": 32, "cross_entropy": 0, "linear_cross_entropy": 64}
 
 
 def most_stack(binary: dict[str, Any]) -> int:
