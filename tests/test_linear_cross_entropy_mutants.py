@@ -27,7 +27,7 @@ MUTANTS = [
     Mutant("gradients of a kept graph are scaled twice", OP,
            "x * scale if kept else x.mul_(scale)", "x.mul_(scale)"),
     Mutant("the incoming gradient is forgotten per position", OP,
-           "if dlosses is None else dlosses\n", "if dlosses is None else torch.ones_like(dlosses)\n"),
+           "if dlosses is None else dlosses\n", "if True else dlosses\n"),
     Mutant("ignored positions are counted", LOSSES,
            "(self._target != self._ignore_index).sum()", "(self._target == self._target).sum()"),
 ]  # fmt: skip

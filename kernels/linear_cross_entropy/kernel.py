@@ -93,15 +93,17 @@ def _store_row(
     """Store what is known of a row, and return its lse and entropy."""
     log_sum = tl.log(total)
     lse = maximum + log_sum
+    # not from lse: rounded, it has lost what the loss of a likely target consists of
+    surprisal = log_sum - (x_target - maximum)
     loss = smoothed_loss(
-        lse - x_target, lse - origin, w_target, weighted, weight_sum_ptr,
+        surprisal, log_sum - (origin - maximum), w_target, weighted, weight_sum_ptr,
         vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC,
     )  # fmt: skip
     entropy = log_sum - mean
     tl.store(losses_ptr + row, tl.where(ignored, 0.0, loss))
     tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
     if NEED_STATS:
-        tl.store(logprobs_ptr + row, tl.where(ignored, 0.0, x_target - lse))
+        tl.store(logprobs_ptr + row, tl.where(ignored, 0.0, -surprisal))
         tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy))
         tl.store(predictions_ptr + row, tl.where(ignored, -1, first))
     return lse, entropy

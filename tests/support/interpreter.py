@@ -45,6 +45,7 @@ def install() -> None:
         _replace(interpreter.ScanOps, name, _refusing_bfloat16)
     _replace(builder, "set_grid_dim", _limited_grid)
     _replace(interpreter.GridExecutor, "__call__", _without_warnings)
+    _replace(interpreter.InterpretedFunction, "__call__", _device_function)
 
 
 def _replace(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -121,6 +122,12 @@ def _without_warnings(original: Any, self: Any, *args: Any, **kwargs: Any) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         original(self, *args, **kwargs)
+
+
+def _device_function(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    # A launch patches triton.language for all its programs; doing so again for each function they
+    # call, as the interpreter does, takes longer than most of them.
+    return self.rewrite()(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -223,11 +223,13 @@ def _sweep(
         if bias is not None:
             z.add_(bias)
         chunk, skipped = upstream[rows], None if ignored is None else ignored[rows]
-        if lse is None and is_plain and not need_gradient:
-            parts.append(_plain_losses(z, y[rows]))
-            continue
         if lse is None and is_plain:
-            parts.append(_with_gradient(z, y[rows], chunk.dlosses, skipped))
+            parts.append(_plain_losses(z, y[rows]))
+            if not need_gradient:
+                continue
+            probability_gradient_(z, y[rows], RowFactors(of_target=chunk.dlosses), None)
+            if skipped is not None:
+                z.masked_fill_(skipped, 0.0)
         else:
             if lse is None:
                 known = row_losses(z, y[rows], options, need_stats=need_stats)
@@ -252,28 +254,12 @@ def _sweep(
 
 
 def _plain_losses(z: Tensor, targets: Tensor) -> RowLosses:
-    """Losses of logits that nothing is done to, and nothing else asked of."""
-    lse = z.logsumexp(1, keepdim=True)
-    # where a logit is +inf, as the softmax is
-    lse.masked_fill_(lse == torch.inf, torch.nan)
-    return _rows_of(lse - z.gather(1, targets), lse)
-
-
-def _with_gradient(
-    z: Tensor, targets: Tensor, dlosses: Tensor | None, ignored: Tensor | None
-) -> RowLosses:
-    """The same, and their gradient over them, with a row in the cache throughout."""
+    """Losses of logits that nothing is done to, and log-probabilities over them."""
     at_target = z.gather(1, targets)
+    # one pass over each row, while it is in the cache
     torch.log_softmax(z, 1, out=z)
     losses = z.gather(1, targets).neg_()
-    probability_gradient_(z, targets, RowFactors(of_target=dlosses), None)
-    if ignored is not None:
-        z.masked_fill_(ignored, 0.0)
-    return _rows_of(losses, at_target + losses)
-
-
-def _rows_of(losses: Tensor, lse: Tensor) -> RowLosses:
-    nothing = lse.new_empty(0, 1)
+    nothing, lse = losses.new_empty(0, 1), at_target + losses
     predictions = torch.empty_like(nothing, dtype=torch.int64)
     return RowLosses(losses, lse, torch.zeros_like(lse), nothing, nothing, predictions)
 
