@@ -307,10 +307,14 @@ def _check() -> None:
     far = torch.tensor([2**40, 1])
     chunk.launch_loss(guarded(torch.randn(2, 37)), far, plain_loss(None), rows)
     assert rows.losses[0].isnan()
-    with forced(rows=3, block_v=16):
-        for reduction in ("mean", "none"):
-            options = {**OPTIONS, "reduction": reduction}
-            judge_options(linear, linear_definition, inputs(5, 4, 37), "triton", options)
+    x, weight, bias, targets = inputs(5, 4, 37)
+    x = x * 6  # logits whose exponentials overflow
+    for bias, block_v, reduction in ((bias, 16, "none"), (None, 16, "mean"), (None, 64, "mean")):
+        with forced(rows=3, block_v=block_v):
+            arguments, options = (x, weight, bias, targets), {**OPTIONS, "reduction": reduction}
+            judge_options(linear, linear_definition, arguments, "triton", options)
+    with forced(rows=3, block_v=64):
+        judge(120 * x, weight, None, targets, backend="triton")
 
 
 @interpreted_only

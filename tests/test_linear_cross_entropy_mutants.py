@@ -14,9 +14,9 @@ OP = "fastlm/ops/linear_cross_entropy.py"
 LOSSES = "fastlm/ops/cross_entropy.py"
 MUTANTS = [
     Mutant("num_items does not divide the gradients", OP,
-           "scale = _over(dloss, _safe(divisor))", "scale = dloss"),
+           "scale = over(dloss, _safe(divisor))", "scale = dloss"),
     Mutant("num_items does not divide the loss", OP,
-           "total = _over(losses.sum(), divisor)", "total = losses.sum()"),
+           "total = over(losses.sum(), divisor)", "total = losses.sum()"),
     Mutant("targets are shifted the other way", OP,
            "F.pad(target[..., shift:], (0, shift), value=ignore_index)",
            "F.pad(target[..., : steps - shift], (shift, 0), value=ignore_index)"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn as torch_nn
 
+import fastlm
 from fastlm import nn, testing
 
 
@@ -63,14 +64,49 @@ def test_linear_loss_loads_the_state_of_torchs(device):
     torch.testing.assert_close(loss(x, target), theirs(x, target))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_and_smoothing_are_those_of_torch(reduction, device):
+    weight = torch.rand(7, device=device)
+    options = {"weight": weight, "label_smoothing": 0.2, "reduction": reduction}
+    logits = torch.randn(5, 7, 3, device=device)
+    target = torch.randint(7, (5, 3), device=device)
+    target[1, 2] = -100
+    ours, theirs = nn.CrossEntropyLoss(**options), torch_nn.CrossEntropyLoss(**options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(
+        testing.run(ours, logits, target), testing.run(theirs, logits, target)
+    )
+    linear = nn.LinearCrossEntropyLoss(6, 7, **options, device=device)
+    x, target = torch.randn(4, 6, device=device), torch.tensor([0, -100, 3, 6], device=device)
+    expected = theirs(linear.linear(x), target)
+    torch.testing.assert_close(linear(x, target), expected)
+
+
+def test_probabilities_as_targets_are_left_to_torch(device):
+    logits, target = torch.randn(5, 7, device=device), torch.rand(5, 7, device=device).softmax(1)
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    theirs = torch_nn.CrossEntropyLoss(label_smoothing=0.1)
+    torch.testing.assert_close(loss(logits, target), theirs(logits, target))
+    for name, value in (("softcap", 3.0), ("logit_scale", 2.0), ("z_loss", 0.1)):
+        with pytest.raises(NotImplementedError, match=f"with probabilities as targets: {name}"):
+            nn.CrossEntropyLoss(**{name: value})(logits, target)
+    with pytest.raises(NotImplementedError, match="with probabilities as targets: backend"):
+        nn.CrossEntropyLoss(backend="triton")(logits, target)
+
+
+def test_the_modules_pass_on_what_torch_does_not_have(device):
+    options = {"softcap": 3.0, "logit_scale": 0.5, "z_loss": 0.1}
+    linear = nn.LinearCrossEntropyLoss(6, 7, **options, device=device)
+    x, target = torch.randn(4, 6, device=device), torch.tensor([0, 1, 3, 6], device=device)
+    expected = fastlm.cross_entropy(linear.linear(x), target, **options)
+    torch.testing.assert_close(linear(x, target), expected)
+    torch.testing.assert_close(nn.CrossEntropyLoss(**options)(linear.linear(x), target), expected)
+
+
 OPTIONS = [
-    (nn.CrossEntropyLoss, (), "weight", torch.ones(5)),
     (nn.CrossEntropyLoss, (), "size_average", True),
     (nn.CrossEntropyLoss, (), "reduce", False),
-    (nn.CrossEntropyLoss, (), "label_smoothing", 0.1),
-    (nn.LinearCrossEntropyLoss, (4, 5), "weight", torch.ones(5)),
     (nn.LinearCrossEntropyLoss, (4, 5), "out_features", (2,)),
-    (nn.LinearCrossEntropyLoss, (4, 5), "label_smoothing", 0.1),
     (nn.LinearCrossEntropyLoss, (4, 5), "options", object()),
 ]
 

@@ -189,7 +189,7 @@ def check_transform(op: str, softcap: float | None, logit_scale: float) -> None:
     """The checks of what is done to logits."""
     if softcap is not None:
         check_that(op, "softcap", 0.0 < softcap < math.inf, "be positive, or None", softcap)
-    check_that(op, "logit_scale", math.isfinite(logit_scale), "be finite", logit_scale)
+    check_that(op, "logit_scale", abs(logit_scale) < math.inf, "be finite", logit_scale)
 
 
 class LossSums:
@@ -231,11 +231,15 @@ class LossSums:
         if reduction == "none":
             return losses if squares is None else losses + squares
         divisor, squares_divisor = self.divisors(reduction)
-        total = losses.sum() if divisor is None else losses.sum() / divisor
-        if squares is None:
-            return total
-        squares = squares.sum()
-        return total + (squares if squares_divisor is None else squares / squares_divisor)
+        total = over(losses.sum(), divisor)
+        return total if squares is None else total + over(squares.sum(), squares_divisor)
+
+
+def over(x: Tensor, divisor: Tensor | None) -> Tensor:
+    """``x / divisor`` in the dtype of ``x``, whatever that of the divisor."""
+    if divisor is None:
+        return x
+    return x / (divisor.to(x.dtype) if divisor.is_floating_point() else divisor)
 
 
 def _lse(maximum: Tensor, log_sum: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -263,9 +267,12 @@ class _CrossEntropy(torch.autograd.Function):
         )
         ctx.save_for_backward(input, target, weight, maximum, log_sum, entropy)
         ctx.options, ctx.backend = options, backend
-        ctx.mark_non_differentiable(predictions)
         ctx.set_materialize_grads(False)
         lse = _lse(maximum, log_sum, target, ignore_index) if need_lse else None
+        if not need_stats:
+            # a compiler would hand gradients of zeros to what nobody asked for
+            return losses, lse, None, None, None
+        ctx.mark_non_differentiable(predictions)
         return losses, lse, logprobs, entropy, predictions
 
     @staticmethod

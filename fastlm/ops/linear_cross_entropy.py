@@ -18,6 +18,7 @@ from fastlm.ops.cross_entropy import (
     check_loss_arguments,
     check_loss_options,
     is_usual_loss,
+    over,
 )
 
 _OP = "linear_cross_entropy"
@@ -236,13 +237,13 @@ class _Reduced(torch.autograd.Function):
         squares_divisor: Tensor | None,
         dtype: torch.dtype,
         backend: str,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         params = (input, linear_weight, linear_bias)
         options = (ignore_index, label_smoothing, softcap, logit_scale)
         z_weight = None
         if z_loss != 0.0:
             z_weight = input.new_full((), z_loss, dtype=torch.promote_types(dtype, torch.float32))
-            z_weight = _over(z_weight, _safe(squares_divisor))
+            z_weight = over(z_weight, _safe(squares_divisor))
             z_weight = z_weight if divisor is None else z_weight * _safe(divisor)
         losses, lse, logprobs, entropy, predictions, *gradients = _gradients(
             *cast_to(dtype, *params), target, weight, z_weight, *options, need_stats,
@@ -252,11 +253,14 @@ class _Reduced(torch.autograd.Function):
         ctx.save_for_backward(*gradients, divisor, squares_divisor, *again)
         ctx.options, ctx.z_loss, ctx.dtype, ctx.backend = options, z_loss, dtype, backend
         ctx.dtypes = [None if x is None else x.dtype for x in params]
-        ctx.mark_non_differentiable(predictions)
         ctx.set_materialize_grads(False)
-        total = _over(losses.sum(), divisor)
+        total = over(losses.sum(), divisor)
         if z_loss != 0.0:
-            total = total + z_loss * _over(lse.square().sum(), squares_divisor)
+            total = total + z_loss * over(lse.square().sum(), squares_divisor)
+        if not need_stats:
+            # a compiler would hand gradients of zeros to what nobody asked for
+            return total, None, None, None, None
+        ctx.mark_non_differentiable(predictions)
         return total, lse, logprobs, entropy, predictions
 
     @staticmethod
@@ -275,15 +279,15 @@ class _Reduced(torch.autograd.Function):
             *params, target, weight, lse, entropy = again
             dlosses = torch.zeros_like(lse)
             if dloss is not None:
-                dlosses = _over(dloss, _safe(divisor)).expand(lse.shape)
-                of_squares = 2 * ctx.z_loss * _over(dloss, _safe(squares_divisor)) * lse
+                dlosses = over(dloss, _safe(divisor)).expand(lse.shape)
+                of_squares = 2 * ctx.z_loss * over(dloss, _safe(squares_divisor)) * lse
                 dlse = of_squares if dlse is None else dlse + of_squares
             gradients = _backward(
                 dlosses, dlogprobs, dlse, dentropy, *cast_to(ctx.dtype, *params),
                 target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
             )  # fmt: skip
         elif dloss is not None:
-            scale = _over(dloss, _safe(divisor))
+            scale = over(dloss, _safe(divisor))
             # They are as large as the parameters, so they are scaled where they are, unless the
             # graph was kept for another backward pass or many gradients came in at once.
             kept = torch.compiler.is_compiling() or _graph_is_kept() or _is_batched(scale)
@@ -300,10 +304,6 @@ class _Reduced(torch.autograd.Function):
 
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-
-
-def _over(x: Tensor, divisor: Tensor | None) -> Tensor:
-    return x if divisor is None else x / divisor
 
 
 def _safe(divisor: Tensor | None) -> Tensor | None:
@@ -329,7 +329,7 @@ class _PerPosition(torch.autograd.Function):
         need_stats: bool,
         dtype: torch.dtype,
         backend: str,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         params = (input, linear_weight, linear_bias)
         options = (ignore_index, label_smoothing, softcap, logit_scale)
         losses, lse, logprobs, entropy, predictions = _forward(
@@ -337,8 +337,10 @@ class _PerPosition(torch.autograd.Function):
         )
         ctx.save_for_backward(*params, target, weight, lse, entropy)
         ctx.options, ctx.dtype, ctx.backend = options, dtype, backend
-        ctx.mark_non_differentiable(predictions)
         ctx.set_materialize_grads(False)
+        if not need_stats:
+            return losses, lse, None, None, None
+        ctx.mark_non_differentiable(predictions)
         return losses, lse, logprobs, entropy, predictions
 
     @staticmethod

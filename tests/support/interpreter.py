@@ -125,8 +125,11 @@ def _without_warnings(original: Any, self: Any, *args: Any, **kwargs: Any) -> No
 
 
 def _device_function(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    # A launch patches triton.language for all its programs; doing so again for each function they
-    # call, as the interpreter does, takes longer than most of them.
+    # Of triton.language a launch patches what its kernel sees.  Doing so again for every function
+    # of ours that it calls, as the interpreter does, takes longer than most of them; Triton's own
+    # functions see another part.
+    if self.fn.__module__.startswith("triton."):
+        return original(self, *args, **kwargs)
     return self.rewrite()(*args, **kwargs)
 
 

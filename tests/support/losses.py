@@ -71,7 +71,7 @@ def ours(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, ...]:
 
 
 def linear(
-    x: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, **options: Any
+    x: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
     if "weight" in options:
         options["weight"] = weights(matrix.shape[0], str(x.device))
@@ -79,7 +79,7 @@ def linear(
 
 
 def linear_definition(
-    x: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, **options: Any
+    x: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
     return definition(F.linear(x, matrix, bias), targets, **options)
 
