@@ -1,7 +1,7 @@
-"""What the loss kernels compute from the logits of a row.  The definition is in the kernels' heads.
+"""What the loss kernels compute from the logits of a row.
 
-Softcap and scale belong to the logits, so they are applied where logits are read and taken out of
-the gradient where it is written.  Class weights of None are ones, and label smoothing needs them.
+The definition is in the kernels' heads.  Scale and softcap belong to the logits: they are applied
+where logits are read, and their slope where the gradient is written.
 """
 
 import triton

@@ -309,9 +309,15 @@ def _check() -> None:
     assert rows.losses[0].isnan()
     x, weight, bias, targets = inputs(5, 4, 37)
     x = x * 6  # logits whose exponentials overflow
-    for bias, block_v, reduction in ((bias, 16, "none"), (None, 16, "mean"), (None, 64, "mean")):
+    loss_alone = {name: OPTIONS[name] for name in OPTIONS if name != "return_stats"}
+    for added, block_v, options in (
+        (bias, 16, OPTIONS),
+        (None, 16, {**loss_alone, "reduction": "mean"}),
+        (None, 64, {**loss_alone, "reduction": "sum"}),
+        (None, 64, {**OPTIONS, "reduction": "mean"}),
+    ):
         with forced(rows=3, block_v=block_v):
-            arguments, options = (x, weight, bias, targets), {**OPTIONS, "reduction": reduction}
+            arguments = (x, weight, added, targets)
             judge_options(linear, linear_definition, arguments, "triton", options)
     with forced(rows=3, block_v=64):
         judge(120 * x, weight, None, targets, backend="triton")
