@@ -236,7 +236,9 @@ def test_every_kernel_folder_has_the_same_doors():
         assert (folder / "launch.py").exists(), f"{shown(folder)} has no launch.py"
         assert (folder / "tuning.py").exists(), f"{shown(folder)} has no tuning.py"
         code = "".join(code_only(path) for path in folder.glob("*.py"))
-        assert re.search(r"\blaunch\(", code), f"{shown(folder)}: kernels start through the one launcher"
+        assert re.search(r"\blaunch\(", code), (
+            f"{shown(folder)}: kernels start through the one launcher"
+        )
         assert not re.search(r"\w+_kernel\[", code), f"{shown(folder)} starts a kernel by itself"
 
 

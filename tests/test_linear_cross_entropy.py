@@ -481,14 +481,20 @@ def test_operators_are_what_torch_expects(step, backend, device):
     x, weight, bias, targets = inputs(4, 6, 20, device=device)
     operator = getattr(torch.ops.fastlm, f"linear_cross_entropy_{step}").default
     arguments = (x, weight, bias, targets)
-    if step == "forward":
-        arguments = (*arguments, -100)
-    elif step == "gradients":
-        arguments = (*arguments, -100, True, False, True)
-    else:
-        arguments = (torch.ones(4, device=device), *arguments, torch.ones(4, device=device), -100)
-        arguments = (*arguments, True, True, True)
-    torch.library.opcheck(operator, (*arguments, backend))
+    ones, some = torch.ones(4, device=device), torch.rand(20, device=device)
+    for class_weight, options, need_stats in (
+        (None, NO_OPTIONS, False),
+        (some, (-100, 0.1, 3.0, 0.5), True),
+    ):
+        if step == "forward":
+            rest = (class_weight, *options, need_stats)
+        elif step == "gradients":
+            z_weight = ones[0] if need_stats else None
+            rest = (class_weight, z_weight, *options, need_stats, True, False, True)
+        else:
+            rest = (class_weight, ones, ones, *options, True, True, True)
+        upstream = (ones, *([ones] * 3 if need_stats else [None] * 3)) if step == "backward" else ()
+        torch.library.opcheck(operator, (*upstream, *arguments, *rest, backend))
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -119,8 +119,12 @@ def linear_cross_entropy(
         x is not None and x.requires_grad for x in params
     )
     if needs_gradient and reduction != "none":
+        divisor, squares_divisor = sums.divisors(reduction)
+        if squares_divisor is divisor:
+            squares_divisor = None  # the compiler takes no tensor twice
+        divisors = (divisor, squares_divisor)
         loss, lse, *stats = _Reduced.apply(
-            *params, target, weight, *options, z_loss, *sums.divisors(reduction), dtype, backend
+            *params, target, weight, *options, z_loss, *divisors, dtype, backend
         )
     else:
         if needs_gradient:
@@ -234,17 +238,19 @@ class _Reduced(torch.autograd.Function):
         need_stats: bool,
         z_loss: float,
         divisor: Tensor | None,
-        squares_divisor: Tensor | None,
+        squares_divisor: Tensor | None,  # of the z-loss, where it is another
         dtype: torch.dtype,
         backend: str,
     ) -> tuple[Tensor | None, ...]:
+        squares_divisor = divisor if squares_divisor is None else squares_divisor
         params = (input, linear_weight, linear_bias)
         options = (ignore_index, label_smoothing, softcap, logit_scale)
         z_weight = None
         if z_loss != 0.0:
             z_weight = input.new_full((), z_loss, dtype=torch.promote_types(dtype, torch.float32))
-            z_weight = over(z_weight, _safe(squares_divisor))
-            z_weight = z_weight if divisor is None else z_weight * _safe(divisor)
+            if squares_divisor is not divisor:
+                # of the summed losses, whose gradients are divided by the other
+                z_weight = z_weight * over(_safe(divisor), _safe(squares_divisor))
         losses, lse, logprobs, entropy, predictions, *gradients = _gradients(
             *cast_to(dtype, *params), target, weight, z_weight, *options, need_stats,
             *ctx.needs_input_grad[:3], backend,
@@ -403,8 +409,9 @@ def _gradients_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = (ignore_index, label_smoothing, softcap, logit_scale)
     known = _forward_fake(input, linear_weight, linear_bias, target, weight, *options, need_stats)
-    losses, lse, _, entropy, _ = known
-    return *known, *_backward_fake(
+    losses, lse, logprobs, entropy, predictions = known
+    shown = lse if need_stats or z_weight is not None else lse.new_empty(0)
+    return losses, shown, logprobs, entropy, predictions, *_backward_fake(
         losses, None, None, None, input, linear_weight, linear_bias, target, weight, lse, entropy,
         *options, need_input, need_weight, need_bias,
     )  # fmt: skip

@@ -85,7 +85,11 @@ def gradients(
         Upstream(z_weight=z_weight), input, linear_weight, target, loss, known,
         need_input, need_weight, need_bias, lse_is_known=False,
     )  # fmt: skip
-    return *_shaped(known, target), *gradients
+    losses, lse, *stats = _shaped(known, target)
+    logprobs, entropy, predictions = stats
+    if z_weight is None and not need_stats:
+        lse = lse.new_empty(0)
+    return losses, lse, logprobs, entropy, predictions, *gradients
 
 
 def backward(

@@ -87,7 +87,11 @@ def gradients(
         ignore_index, options, need_stats, need_input, need_weight, need_bias,
     )  # fmt: skip
     assert known is not None, "no lse was given"
-    return *known, *gradients
+    losses, lse, *stats = known
+    logprobs, entropy, predictions = stats
+    if z_weight is None and not need_stats:
+        lse = lse.new_empty(0)
+    return losses, lse, logprobs, entropy, predictions, *gradients
 
 
 def backward(
@@ -156,16 +160,18 @@ def _run(
     if known is None:
         return None, gradients
     losses, lse, *stats = known
+    has_lse = lse.shape == losses.shape
     if kept is not None:
-        losses, lse = (_spread(x, kept, target.numel()) for x in (losses, lse))
+        losses = _spread(losses, kept, target.numel())
+        lse = _spread(lse, kept, target.numel()) if has_lse else lse
         if need_stats:
             stats = [_spread(x, kept, target.numel()) for x in stats]
             stats[2].masked_fill_((target == ignore_index).flatten(), -1)
     if need_stats:
         stats = [x.view(target.shape) for x in stats]
     logprobs, entropy, predictions = stats
-    known = (losses.view(target.shape), lse.view(target.shape), logprobs, entropy, predictions)
-    return known, gradients
+    lse = lse.view(target.shape) if has_lse else lse
+    return (losses.view(target.shape), lse, logprobs, entropy, predictions), gradients
 
 
 def _spread(x: Tensor, kept: Tensor, num_rows: int) -> Tensor:
@@ -223,10 +229,8 @@ def _sweep(
         if bias is not None:
             z.add_(bias)
         chunk, skipped = upstream[rows], None if ignored is None else ignored[rows]
-        if lse is None and is_plain:
+        if lse is None and is_plain and need_gradient:
             parts.append(_plain_losses(z, y[rows]))
-            if not need_gradient:
-                continue
             probability_gradient_(z, y[rows], RowFactors(of_target=chunk.dlosses), None)
             if skipped is not None:
                 z.masked_fill_(skipped, 0.0)
@@ -254,14 +258,15 @@ def _sweep(
 
 
 def _plain_losses(z: Tensor, targets: Tensor) -> RowLosses:
-    """Losses of logits that nothing is done to, and log-probabilities over them."""
-    at_target = z.gather(1, targets)
-    # one pass over each row, while it is in the cache
+    """Losses of logits that nothing is done to, and log-probabilities over them.
+
+    In one pass over each row, while it is in the cache; of its lse nothing remains.
+    """
     torch.log_softmax(z, 1, out=z)
     losses = z.gather(1, targets).neg_()
-    nothing, lse = losses.new_empty(0, 1), at_target + losses
+    nothing = losses.new_empty(0, 1)
     predictions = torch.empty_like(nothing, dtype=torch.int64)
-    return RowLosses(losses, lse, torch.zeros_like(lse), nothing, nothing, predictions)
+    return RowLosses(losses, nothing, nothing, nothing, nothing, predictions)
 
 
 def _together(
@@ -274,7 +279,7 @@ def _together(
     lse = known.maximum + known.log_sum
     if ignored is not None and outside is not None:
         known.mask(ignored, outside)
-        lse.masked_fill_(ignored, 0.0)
+        lse = lse.masked_fill_(ignored, 0.0) if lse.numel() else lse
     columns = (known.losses, lse, known.logprobs, known.entropy, known.predictions)
     losses, lse, logprobs, entropy, predictions = (x[:, 0] for x in columns)
     return losses, lse, logprobs, entropy, predictions

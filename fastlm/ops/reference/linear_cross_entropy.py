@@ -63,12 +63,16 @@ def gradients(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`forward` returns, and the gradients of the sum of loss + z_weight lse**2."""
+    """What :func:`forward` returns, and the gradients of the sum of loss + z_weight lse**2.
+
+    Without statistics and ``z_weight`` lse is empty too.
+    """
     options = (ignore_index, label_smoothing, softcap, logit_scale)
     known = forward(input, linear_weight, linear_bias, target, weight, *options, need_stats)
-    losses, lse, _, entropy, _ = known
+    losses, lse, logprobs, entropy, predictions = known
     dlse = None if z_weight is None else 2 * z_weight * lse
-    return *known, *backward(
+    shown = lse if need_stats or z_weight is not None else lse.new_empty(0)
+    return losses, shown, logprobs, entropy, predictions, *backward(
         torch.ones_like(losses), None, dlse, None,
         input, linear_weight, linear_bias, target, weight, lse, entropy, *options,
         need_input, need_weight, need_bias,
@@ -162,9 +166,10 @@ def truth_gradients(
     """:func:`gradients` in float64."""
     options = (ignore_index, label_smoothing, softcap, logit_scale)
     known = truth_forward(input, linear_weight, linear_bias, target, weight, *options, need_stats)
-    losses, lse, _, entropy, _ = known
+    losses, lse, logprobs, entropy, predictions = known
     dlse = None if z_weight is None else 2 * z_weight.double() * lse
-    return *known, *truth_backward(
+    shown = lse if need_stats or z_weight is not None else lse.new_empty(0)
+    return losses, shown, logprobs, entropy, predictions, *truth_backward(
         torch.ones_like(losses), None, dlse, None,
         input, linear_weight, linear_bias, target, weight, lse, entropy, *options,
         need_input, need_weight, need_bias,
