@@ -185,13 +185,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             )
             return super().forward(input, target)
         logits = input.movedim(1, -1) if input.dim() > 1 else input
-        loss = cross_entropy(
+        return cross_entropy(
             logits, target, self.weight,
             ignore_index=self.ignore_index, reduction=self.reduction,
             label_smoothing=self.label_smoothing, softcap=self.softcap,
             logit_scale=self.logit_scale, z_loss=self.z_loss, backend=self.backend,
         )  # fmt: skip
-        return cast(Tensor, loss)
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
@@ -259,14 +258,13 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        loss = linear_cross_entropy(
+        return linear_cross_entropy(
             input, self.linear.weight, target,
             linear_bias=self.linear.bias, weight=self.weight, reduction=self.reduction,
             ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
             softcap=self.softcap, logit_scale=self.logit_scale, z_loss=self.z_loss,
             backend=self.backend,
         )  # fmt: skip
-        return cast(Tensor, loss)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}"

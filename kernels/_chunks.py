@@ -169,7 +169,9 @@ class Upstream:
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Upstream:
         """With ``change`` applied to all that is per row."""
         per_row = (self.dlosses, self.dlogprobs, self.dlse, self.dentropy)
-        return Upstream(*(None if x is None else change(x) for x in per_row), self.z_weight)
+        dlosses, *stats = (None if x is None else change(x) for x in per_row)
+        dlogprobs, dlse, dentropy = stats
+        return Upstream(dlosses, dlogprobs, dlse, dentropy, self.z_weight)
 
     def within_float16(
         self,

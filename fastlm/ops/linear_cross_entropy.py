@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,48 @@ BACKENDS = {
     "torch": "fastlm.ops.eager.linear_cross_entropy",
     "reference": "fastlm.ops.reference.linear_cross_entropy",
 }
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    shift: int = 0,
+    num_items: int | Tensor | None = None,
+    return_stats: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    shift: int = 0,
+    num_items: int | Tensor | None = None,
+    return_stats: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, LossStats]: ...
 
 
 def linear_cross_entropy(
@@ -173,7 +215,7 @@ def linear_logprobs(
         ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, shift=shift,
         backend=backend,
     )  # fmt: skip
-    return -cast(Tensor, losses)
+    return -losses
 
 
 def _check(
@@ -242,13 +284,12 @@ class _Reduced(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> tuple[Tensor | None, ...]:
-        squares_divisor = divisor if squares_divisor is None else squares_divisor
         params = (input, linear_weight, linear_bias)
         options = (ignore_index, label_smoothing, softcap, logit_scale)
         z_weight = None
         if z_loss != 0.0:
             z_weight = input.new_full((), z_loss, dtype=torch.promote_types(dtype, torch.float32))
-            if squares_divisor is not divisor:
+            if divisor is not None and squares_divisor is not None:
                 # of the summed losses, whose gradients are divided by the other
                 z_weight = z_weight * over(_safe(divisor), _safe(squares_divisor))
         losses, lse, logprobs, entropy, predictions, *gradients = _gradients(
@@ -261,6 +302,7 @@ class _Reduced(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in params]
         ctx.set_materialize_grads(False)
         total = over(losses.sum(), divisor)
+        squares_divisor = divisor if squares_divisor is None else squares_divisor
         if z_loss != 0.0:
             total = total + z_loss * over(lse.square().sum(), squares_divisor)
         if not need_stats:
@@ -280,20 +322,22 @@ class _Reduced(torch.autograd.Function):
         dpredictions: None,
     ) -> tuple[Tensor | None, ...]:
         dinput, dweight, dbias, divisor, squares_divisor, *again = ctx.saved_tensors
+        divisor = None if divisor is None else _safe(divisor)
+        squares_divisor = divisor if squares_divisor is None else _safe(squares_divisor)
         needs = ctx.needs_input_grad[:3]
         if dlse is not None or dlogprobs is not None or dentropy is not None:
             *params, target, weight, lse, entropy = again
             dlosses = torch.zeros_like(lse)
             if dloss is not None:
-                dlosses = over(dloss, _safe(divisor)).expand(lse.shape)
-                of_squares = 2 * ctx.z_loss * over(dloss, _safe(squares_divisor)) * lse
+                dlosses = over(dloss, divisor).expand(lse.shape)
+                of_squares = 2 * ctx.z_loss * over(dloss, squares_divisor) * lse
                 dlse = of_squares if dlse is None else dlse + of_squares
             gradients = _backward(
                 dlosses, dlogprobs, dlse, dentropy, *cast_to(ctx.dtype, *params),
                 target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
             )  # fmt: skip
         elif dloss is not None:
-            scale = over(dloss, _safe(divisor))
+            scale = over(dloss, divisor)
             # They are as large as the parameters, so they are scaled where they are, unless the
             # graph was kept for another backward pass or many gradients came in at once.
             kept = torch.compiler.is_compiling() or _graph_is_kept() or _is_batched(scale)
@@ -312,9 +356,9 @@ _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _safe(divisor: Tensor | None) -> Tensor | None:
+def _safe(divisor: Tensor) -> Tensor:
     """The gradient of a mean over nothing is zero."""
-    return None if divisor is None else divisor.masked_fill(divisor == 0, 1)
+    return divisor.masked_fill(divisor == 0, 1)
 
 
 class _PerPosition(torch.autograd.Function):

@@ -79,9 +79,12 @@ class Rows:
 
     @classmethod
     def empty(cls, input: Tensor, num_rows: int, dtype: torch.dtype, *, need_stats: bool) -> Rows:
-        per_row = [input.new_empty(num_rows, dtype=dtype) for _ in range(2)]
-        stats = [input.new_empty(num_rows if need_stats else 0, dtype=dtype) for _ in range(2)]
-        return cls(*per_row, *stats, torch.empty_like(stats[0], dtype=torch.int64))
+        losses = input.new_empty(num_rows, dtype=dtype)
+        logprobs = input.new_empty(num_rows if need_stats else 0, dtype=dtype)
+        return cls(
+            losses, torch.empty_like(losses),
+            logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.int64),
+        )  # fmt: skip
 
     @classmethod
     def known(cls, lse: Tensor, entropy: Tensor) -> Rows:

@@ -110,7 +110,7 @@ class RowFactors:
         (p - [v == target]) of_target + p of_all - w of_weight - p (log p + H) of_entropy
 
     Attributes:
-        of_target: ``(N, 1)``, like the others; None is 1, and 0 for the others.
+        of_target: ``(N, 1)``, like the others; None is 1, where nothing else is given.
         entropy: H, where ``of_entropy`` is given.
     """
 
@@ -127,7 +127,7 @@ class RowFactors:
 def row_factors(
     upstream: Upstream,
     lse: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     targets: Tensor,
     options: LossOptions,
     vocab_size: int,
@@ -200,15 +200,16 @@ def probability_gradient_(
     log_p: Tensor, targets: Tensor, row: RowFactors, weight: Tensor | None
 ) -> None:
     """Turn log-probabilities into the gradient of x."""
-    if row.of_all is None and row.of_entropy is None:
+    of_target = row.of_target
+    if of_target is None or (row.of_all is None and row.of_entropy is None):
         # (p - 1) before the factor: the other order loses p when the target is nearly certain
         log_p.exp_().scatter_(1, targets, -1.0, reduce="add")
-        if row.of_target is not None:
-            log_p.mul_(row.of_target)
+        if of_target is not None:
+            log_p.mul_(of_target)
         return
-    at_target = _at_target(log_p.gather(1, targets), targets, row, weight)
-    factor = row.of_target if row.of_all is None else row.of_target + row.of_all
-    if row.of_entropy is not None:
+    at_target = _at_target(log_p.gather(1, targets), targets, of_target, row, weight)
+    factor = of_target if row.of_all is None else of_target + row.of_all
+    if row.of_entropy is not None and row.entropy is not None:
         # a class of probability zero has no part in the entropy, and 0 * -inf is NaN
         informative = log_p + row.entropy
         informative.masked_fill_(informative == -torch.inf, 0.0).mul_(row.of_entropy)
@@ -220,15 +221,17 @@ def probability_gradient_(
     log_p.scatter_(1, targets, at_target)
 
 
-def _at_target(log_p: Tensor, targets: Tensor, row: RowFactors, weight: Tensor | None) -> Tensor:
+def _at_target(
+    log_p: Tensor, targets: Tensor, of_target: Tensor, row: RowFactors, weight: Tensor | None
+) -> Tensor:
     """The gradient of x at the target of each row, p - 1 taken before anything is multiplied."""
     p = log_p.exp()
-    dx = (p - 1.0) * row.of_target
+    dx = (p - 1.0) * of_target
     if row.of_all is not None:
         dx.addcmul_(p, row.of_all)
     if row.of_weight is not None:
         dx.sub_(row.of_weight if weight is None else row.of_weight * weight[targets])
-    if row.of_entropy is not None:
+    if row.of_entropy is not None and row.entropy is not None:
         dx.sub_(p * (log_p + row.entropy).masked_fill_(p == 0, 0.0) * row.of_entropy)
     return dx
 

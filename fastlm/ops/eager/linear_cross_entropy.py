@@ -235,6 +235,7 @@ def _sweep(
             if skipped is not None:
                 z.masked_fill_(skipped, 0.0)
         else:
+            chunk_entropy: Tensor | None
             if lse is None:
                 known = row_losses(z, y[rows], options, need_stats=need_stats)
                 parts.append(known)

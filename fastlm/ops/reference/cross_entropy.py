@@ -200,17 +200,17 @@ def truth_backward(
     """:func:`backward` in float64, maximum, log_sum and entropy too."""
     weight = None if weight is None else weight.double()
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    upstream = [
-        None if x is None else x.double().reshape(-1) for x in (dlosses, dlogprobs, dlse, dentropy)
-    ]
+    flat = dlosses.double().reshape(-1)
+    stats = [None if x is None else x.double().reshape(-1) for x in (dlogprobs, dlse, dentropy)]
     rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     parts = []
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         x, y = rows[part].double(), targets[part]
         _, maximum, log_sum, _, entropy, _ = forward(x, y, weight, *options, dentropy is not None)
-        dparts = [None if d is None else d[part] for d in upstream]
-        parts.append(backward(*dparts, x, y, weight, maximum, log_sum, entropy, *options))
+        dlogprobs, dlse, dentropy_part = (None if d is None else d[part] for d in stats)
+        upstream = (flat[part], dlogprobs, dlse, dentropy_part)
+        parts.append(backward(*upstream, x, y, weight, maximum, log_sum, entropy, *options))
     return torch.cat(parts).view(input.shape) if parts else input.double()
 
 

@@ -134,10 +134,10 @@ def truth_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`forward` in float64; a target out of range raises IndexError on every device."""
     check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
-    exact = [_double(x) for x in (linear_weight, linear_bias)]
+    matrix, bias = linear_weight.double(), _double(linear_bias)
     options = (_double(weight), ignore_index, label_smoothing, softcap, logit_scale, need_stats)
     parts = [
-        forward(input_part.double(), *exact, targets, *options)
+        forward(input_part.double(), matrix, bias, targets, *options)
         for input_part, targets, _ in _slices(input, target)
     ]
     losses, lse, *stats = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -198,21 +198,23 @@ def truth_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`backward` in float64, lse and entropy too."""
     check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
-    matrix, bias, weight = (_double(x) for x in (linear_weight, linear_bias, weight))
+    matrix, bias, weight = linear_weight.double(), _double(linear_bias), _double(weight)
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    needs = (need_input, need_weight, need_bias)
-    upstream = [
-        None if x is None else x.double().reshape(-1) for x in (dlosses, dlogprobs, dlse, dentropy)
-    ]
+    flat = dlosses.double().reshape(-1)
+    stats = [None if x is None else x.double().reshape(-1) for x in (dlogprobs, dlse, dentropy)]
     dinput = input.new_zeros(input.shape if need_input else 0, dtype=torch.float64)
     dweight = input.new_zeros(linear_weight.shape if need_weight else 0, dtype=torch.float64)
     dbias = input.new_zeros(linear_weight.shape[0] if need_bias else 0, dtype=torch.float64)
     rows = dinput.view(-1, input.shape[-1]) if need_input else dinput
     for x, targets, part in _slices(input, target):
-        exact = (x.double(), matrix, bias, targets, weight)
-        _, lse, _, entropy, _ = forward(*exact, *options, dentropy is not None)
-        upstream_part = [None if d is None else d[part] for d in upstream]
-        parts = backward(*upstream_part, *exact, lse, entropy, *options, *needs)
+        x = x.double()
+        known = forward(x, matrix, bias, targets, weight, *options, dentropy is not None)
+        _, lse, _, entropy, _ = known
+        dlogprobs, dlse, dentropy_part = (None if d is None else d[part] for d in stats)
+        parts = backward(
+            flat[part], dlogprobs, dlse, dentropy_part, x, matrix, bias, targets, weight,
+            lse, entropy, *options, need_input, need_weight, need_bias,
+        )  # fmt: skip
         if need_input:
             rows[part] = parts[0]
         dweight += parts[1]
