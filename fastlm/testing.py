@@ -54,10 +54,13 @@ def assert_all_as_accurate(
     truth: Sequence[Tensor | None],
     multiple: float = 2.0,
 ) -> None:
-    """:func:`assert_as_accurate` for each result of :func:`run`."""
+    """:func:`assert_as_accurate` for each result of :func:`run`; integers must be equal."""
     for position, (got, usual, want) in enumerate(zip(actual, plain, truth, strict=True)):
         if got is None or usual is None or want is None:
             assert got is want is usual is None, f"{name}[{position}]: a gradient is missing"
+            continue
+        if not got.is_floating_point():
+            assert torch.equal(got, want), f"{name}[{position}]: integers differ"
             continue
         usual = usual.to(got.dtype)
         assert_as_accurate(f"{name}[{position}]", got, plain=usual, truth=want, multiple=multiple)
@@ -85,9 +88,9 @@ def run(
     outputs = [x for x in as_tuple(function(*leaves, **kwargs)) if x is not None]
     floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     results: list[Tensor | None] = [x.detach() for x in outputs]
-    if not backward:
-        return results
     needing = [x for x in outputs if x.requires_grad]
+    if not backward or not needing:
+        return results
     generator = torch.Generator().manual_seed(upstream_seed)
     upstream = [torch.randn(x.shape, generator=generator).to(x) for x in needing]
     return [*results, *torch.autograd.grad(needing, floats, upstream, allow_unused=True)]

@@ -160,6 +160,8 @@ def example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         angles = normal(9, 16)
         heads = (normal(1, 9, 4, 32), normal(1, 9, 2, 32))
         return heads, {"cos": angles.cos(), "sin": angles.sin()}
+    if op == "linear_top_k":
+        return (normal(2, 20, 32), normal(300, 32)), {"k": 5}
     arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
         "causal_attention": lambda: (
             normal(1, 150, 4, 32),
@@ -168,6 +170,7 @@ def example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ),
         "cross_entropy": lambda: (normal(4, 5000), classes(5000, 4)),
         "linear_cross_entropy": lambda: (normal(2, 20, 32), normal(300, 32), classes(300, 2, 20)),
+        "linear_logprobs": lambda: (normal(2, 20, 32), normal(300, 32), classes(300, 2, 20)),
         "rms_norm": lambda: (normal(3, 65), normal(65)),
         "glu": lambda: (normal(3, 65), normal(3, 65)),
         "swiglu": lambda: (normal(3, 65), normal(3, 65)),
