@@ -55,6 +55,9 @@ def linear_top_k(
         logit_scale: Factor of the logits, bias included.
         backend: ``"auto"``, ``"torch"`` or ``"reference"``.
 
+    Returns:
+        Log-probabilities and classes, ``(..., k)`` each, most likely first.
+
     Raises:
         ValueError: Shapes or devices do not match, or a number is out of range.
         TypeError: A dtype is not one of those above, or dtypes differ outside autocast.
