@@ -175,7 +175,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if target.is_floating_point():
+        if isinstance(target, Tensor) and target.is_floating_point():
             _refuse(
                 f"{type(self).__name__} with probabilities as targets",
                 softcap=self.softcap is not None,

@@ -85,6 +85,15 @@ def load_target(
 
 
 @triton.jit
+def origin_of(x_target):
+    """What x is taken relative to in a sum over the row: the loss is a difference to x[target].
+
+    Of a target that is masked, or huge, zero: it would swallow the others.
+    """
+    return tl.where(tl.abs(x_target) < 1e3, x_target, 0.0)
+
+
+@triton.jit
 def _weighted(x, origin, weight_ptr, cols, vocab_size, HAS_WEIGHT: tl.constexpr):
     """w (x - origin), zero beyond the row."""
     in_row = cols < vocab_size
@@ -112,7 +121,7 @@ def sums_of_block(
     mean, first, weighted = total, tl.full((), 0, tl.int64), total
     if NEED_STATS:
         mean = tl.sum(e * tl.where(x == float("-inf"), 0.0, x - maximum), 0) / total
-        first = tl.min(tl.where(x == maximum, cols, vocab_size), 0).to(tl.int64)
+        first = tl.min(tl.where(x == maximum, cols, vocab_size - 1), 0).to(tl.int64)
     if SMOOTHED:
         weighted = tl.sum(_weighted(x, origin, weight_ptr, cols, vocab_size, HAS_WEIGHT), 0)
     return maximum, total, mean, first, weighted
@@ -175,8 +184,8 @@ def sums_of_row(
         fall = tl.where(running_max == float("-inf"), 0.0, running_max - maximum)
         mean = tl.sum(shares * (moment + fall * running_sum), 0) / total
         places = best.to(tl.int64) * BLOCK_V + lanes
-        # of a row of -inf alone, where every lane claims its first place, there is one in the row
-        first = tl.min(tl.where(running_max == maximum, places, vocab_size), 0)
+        # in the row even where all is NaN or -inf, and the places are of lanes beyond it
+        first = tl.min(tl.where(running_max == maximum, places, vocab_size - 1), 0)
     return maximum, total, mean, first, tl.sum(weighted, 0)
 
 

@@ -23,7 +23,7 @@ MUTANTS = [
     Mutant("the last positions predict the first class", OP,
            "(0, shift), value=ignore_index)", "(0, shift), value=0)"),
     Mutant("no positions divide their gradients by zero", OP,
-           "divisor.masked_fill(divisor == 0, 1)", "divisor"),
+           "divisor.masked_fill(count == 0, 1)", "divisor"),
     Mutant("gradients of a kept graph are scaled twice", OP,
            "x * scale if kept else x.mul_(scale)", "x.mul_(scale)"),
     Mutant("the incoming gradient is forgotten per position", OP,
@@ -64,6 +64,6 @@ def test_a_planted_bug_is_noticed(mutant):
 @interpreted_only
 def test_a_changed_comment_is_not():
     comment = Mutant(
-        "a comment", OP, "The gradient of a mean over nothing is zero.", "The divisor."
+        "a comment", OP, "The gradient of a mean over nothing is zero;", "The divisor."
     )
     assert not killed(comment, _check)

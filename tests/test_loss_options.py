@@ -263,6 +263,10 @@ def test_gradcheck_of_everything_linear_cross_entropy_returns(reduction, device)
     (dict(softcap=-1.0), ValueError, "softcap must be positive"),
     (dict(z_loss=-1e-4), ValueError, "z_loss must be at least 0"),
     (dict(logit_scale=float("inf")), ValueError, "logit_scale must be finite, got inf"),
+    (dict(logit_scale=torch.tensor(2.0)), TypeError, "logit_scale must be a number, got Tensor"),
+    (dict(softcap="3"), TypeError, "softcap must be a number, got str"),
+    (dict(label_smoothing=None), TypeError, "label_smoothing must be a number, got NoneType"),
+    (dict(z_loss=1j), TypeError, "z_loss must be a number, got complex"),
 ])  # fmt: skip
 def test_refuses(change, error, message):
     targets = torch.zeros(3, dtype=torch.int64)
@@ -270,6 +274,78 @@ def test_refuses(change, error, message):
         fastlm.cross_entropy(torch.zeros(3, 5), targets, **change)
     with pytest.raises(error, match=f"^linear_cross_entropy: {message}"):
         fastlm.linear_cross_entropy(torch.zeros(3, 2), torch.zeros(5, 2), targets, **change)
+
+
+@pytest.mark.parametrize("name, value", [("num_items", 2.5), ("shift", 1.5), ("shift", "1")])
+def test_refuses_what_is_no_integer(name, value):
+    x, matrix, targets = torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=f"linear_cross_entropy: {name} must be an integer"):
+        fastlm.linear_cross_entropy(x, matrix, targets, **{name: value})
+    with pytest.raises(TypeError, match="linear_top_k: k must be an integer, got float"):
+        fastlm.linear_top_k(x, matrix, 2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("weight_of_target", [0.0, 1.0])
+def test_a_masked_target_swallows_no_other_class(weight_of_target, masked, backend, device):
+    logits = torch.randn(1, 100, device=device)
+    logits[0, 3] = masked
+    weight = torch.ones(100, device=device)
+    weight[3] = weight_of_target
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    target = torch.tensor([3], device=device)
+    expected = F.cross_entropy(logits, target, weight, **options)
+    loss = fastlm.cross_entropy(logits, target, weight, **options, backend=backend)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    eye = torch.ones(1, 1, device=device)
+    loss = fastlm.linear_cross_entropy(
+        eye, logits.t().contiguous(), target, weight=weight, **options, backend=backend
+    )
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prediction_is_a_class_even_of_nothing_but_nan(backend, device):
+    logits = torch.full((2, 5), torch.nan, device=device)
+    targets = torch.tensor([0, 1], device=device)
+    _, stats = fastlm.cross_entropy(logits, targets, return_stats=True, backend=backend)
+    assert all(0 <= prediction < 5 for prediction in stats.predictions.tolist())
+    _, stats = fastlm.linear_cross_entropy(
+        logits, torch.ones(7, 5, device=device), targets, return_stats=True, backend=backend
+    )
+    assert all(0 <= prediction < 7 for prediction in stats.predictions.tolist())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_of_no_rows_keep_their_shape(backend, device):
+    x, matrix = torch.randn(3, 0, 4, device=device), torch.randn(7, 4, device=device)
+    targets = torch.zeros(3, 0, dtype=torch.int64, device=device)
+    with fastlm.checked():
+        for _, stats in (
+            fastlm.cross_entropy(x, targets, return_stats=True, backend=backend),
+            fastlm.linear_cross_entropy(x, matrix, targets, return_stats=True, backend=backend),
+        ):
+            assert all(value.shape == (3, 0) for value in stats[:4])
+        fastlm.cross_entropy(x, targets, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_zero_give_what_they_give_in_torch(backend, device):
+    x, matrix, _, targets = inputs(4, 3, 6, device=device, ignored=0)
+    weight = torch.zeros(6, device=device)
+    loss, *gradients = testing.run(
+        fastlm.linear_cross_entropy, x, matrix, targets, weight=weight, backend=backend
+    )
+    assert loss.isnan()
+    assert all(gradient.isnan().any() for gradient in gradients)
+
+
+def test_top_k_passes_its_own_check_where_one_class_is_all_but_certain(device):
+    x, matrix, bias, _ = inputs(3, 8, 200, device=device)
+    bias[7] = 64.0
+    with fastlm.checked():
+        fastlm.linear_top_k(x, matrix / 10, 1, linear_bias=bias)
 
 
 @pytest.mark.parametrize("k", [0, 6])
@@ -317,5 +393,5 @@ def test_any_combination(problem, device):
 @pytest.mark.slow
 @given(problem=problems())
 @settings(max_examples=120, **FUZZ)
-def test_two_hundred_combinations(problem, device):
+def test_many_combinations(problem, device):
     check_problem(problem, device)

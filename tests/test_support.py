@@ -431,7 +431,7 @@ def smoke_check() -> None:
 @interpreted_only
 def test_a_mutant_of_a_kernel_is_killed_and_leaves_nothing_behind():
     wrong_sign = Mutant(
-        "sign of the target logit", KERNEL, "log_sum - (target_logit", "log_sum + (target_logit"
+        "sign of the target logit", KERNEL, "log_sum - (x_target", "log_sum + (x_target"
     )
     assert killed(wrong_sign, smoke_check)
     smoke_check()
@@ -440,7 +440,7 @@ def test_a_mutant_of_a_kernel_is_killed_and_leaves_nothing_behind():
 @interpreted_only
 @pytest.mark.parametrize("file, old, new", [
     ("kernels/cross_entropy/launch.py", "return losses, maximum", "return maximum, maximum"),
-    ("fastlm/ops/eager/cross_entropy.py", "losses.masked_fill_(ig", "losses.masked_fill_(~ig"),
+    ("fastlm/ops/eager/cross_entropy.py", "mask(_column(ignored)", "mask(_column(~ignored)"),
 ])  # fmt: skip
 def test_python_around_a_kernel_can_be_mutated(file, old, new):
     assert killed(Mutant("python", file, old, new), smoke_check)
@@ -455,7 +455,7 @@ def test_a_mutant_that_changes_nothing_survives():
 def test_a_mutant_must_be_planted_exactly_once_and_import():
     with pytest.raises(ValueError, match="is 0 times in"):
         killed(Mutant("absent", KERNEL, "no such text", "x"), smoke_check)
-    with pytest.raises(ValueError, match=r"is [2-9] times in"):
+    with pytest.raises(ValueError, match=r"is ([2-9]|\d\d) times in"):
         killed(Mutant("twice", KERNEL, "tl.load", "tl.store"), smoke_check)
     with pytest.raises(AssertionError, match="could not be planted"):
         killed(Mutant("syntax", KERNEL, '"""Cross-entropy kernels.', "def ("), smoke_check)

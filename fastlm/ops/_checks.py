@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -79,6 +79,12 @@ def check_choice(op: str, name: str, value: object, allowed: tuple[str, ...]) ->
 def check_integer(op: str, name: str, value: object) -> None:
     if type(value) is not int and not isinstance(value, Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+
+
+def check_real(op: str, name: str, value: object) -> None:
+    """A number, or one that a compiler traces; not a tensor, whose gradient would be lost."""
+    if type(value) is not float and not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def check_that(op: str, name: str, holds: bool, requirement: str, got: object) -> None:

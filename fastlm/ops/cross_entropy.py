@@ -16,6 +16,7 @@ from fastlm.ops._checks import (
     check_choice,
     check_dtype,
     check_integer,
+    check_real,
     check_same_device,
     check_shape,
     check_tensor,
@@ -213,16 +214,20 @@ def check_loss_options(
         check_same_device(op, "weight", weight, "input", input)
         needs = torch.is_grad_enabled() and weight.requires_grad
         check_that(op, "weight", not needs, "not require a gradient", "one that does")
+    check_real(op, "label_smoothing", label_smoothing)
     fits = 0.0 <= label_smoothing <= 1.0
     check_that(op, "label_smoothing", fits, "be in [0, 1]", label_smoothing)
     check_transform(op, softcap, logit_scale)
+    check_real(op, "z_loss", z_loss)
     check_that(op, "z_loss", 0.0 <= z_loss < math.inf, "be at least 0", z_loss)
 
 
 def check_transform(op: str, softcap: float | None, logit_scale: float) -> None:
     """The checks of what is done to logits."""
     if softcap is not None:
+        check_real(op, "softcap", softcap)
         check_that(op, "softcap", 0.0 < softcap < math.inf, "be positive, or None", softcap)
+    check_real(op, "logit_scale", logit_scale)
     check_that(op, "logit_scale", abs(logit_scale) < math.inf, "be finite", logit_scale)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._autograd import once_differentiable
-from fastlm.ops._checks import PLAIN, check_that
+from fastlm.ops._checks import PLAIN, check_integer, check_that
 from fastlm.ops._define import define_op
 from fastlm.ops._linear import cast_to, check_linear
 from fastlm.ops.cross_entropy import (
@@ -146,6 +146,7 @@ def linear_cross_entropy(
     if num_items is not None:
         num_items = _check_num_items(num_items, reduction)
     target = target.long()
+    check_integer(_OP, "shift", shift)
     if shift != 0:
         steps = target.shape[-1] if target.dim() > 0 else 0
         if not 0 <= shift <= steps:  # written out only then: a traced length stays symbolic
@@ -255,6 +256,7 @@ def _check_num_items(num_items: int | Tensor, reduction: str) -> int | Tensor:
         # a batch of no items has a loss of 0, which anything but 0 divides
         num_items = num_items.detach().reshape(())
         return torch.where(num_items > 0, num_items, 1)
+    check_integer(_OP, "num_items", num_items)
     check_that(_OP, "num_items", num_items > 0, "be positive", num_items)
     return num_items
 
@@ -291,7 +293,7 @@ class _Reduced(torch.autograd.Function):
             z_weight = input.new_full((), z_loss, dtype=torch.promote_types(dtype, torch.float32))
             if divisor is not None and squares_divisor is not None:
                 # of the summed losses, whose gradients are divided by the other
-                z_weight = z_weight * over(_safe(divisor), _safe(squares_divisor))
+                z_weight = z_weight * over(divisor, _safe(squares_divisor, squares_divisor))
         losses, lse, logprobs, entropy, predictions, *gradients = _gradients(
             *cast_to(dtype, *params), target, weight, z_weight, *options, need_stats,
             *ctx.needs_input_grad[:3], backend,
@@ -322,16 +324,18 @@ class _Reduced(torch.autograd.Function):
         dpredictions: None,
     ) -> tuple[Tensor | None, ...]:
         dinput, dweight, dbias, divisor, squares_divisor, *again = ctx.saved_tensors
-        divisor = None if divisor is None else _safe(divisor)
-        squares_divisor = divisor if squares_divisor is None else _safe(squares_divisor)
+        count = divisor if squares_divisor is None else squares_divisor
+        if divisor is not None and count is not None:
+            divisor, squares_divisor = _safe(divisor, count), _safe(count, count)
         needs = ctx.needs_input_grad[:3]
         if dlse is not None or dlogprobs is not None or dentropy is not None:
             *params, target, weight, lse, entropy = again
             dlosses = torch.zeros_like(lse)
             if dloss is not None:
                 dlosses = over(dloss, divisor).expand(lse.shape)
-                of_squares = 2 * ctx.z_loss * over(dloss, squares_divisor) * lse
-                dlse = of_squares if dlse is None else dlse + of_squares
+                if ctx.z_loss != 0.0:
+                    of_squares = 2 * ctx.z_loss * over(dloss, squares_divisor) * lse
+                    dlse = of_squares if dlse is None else dlse + of_squares
             gradients = _backward(
                 dlosses, dlogprobs, dlse, dentropy, *cast_to(ctx.dtype, *params),
                 target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
@@ -356,9 +360,9 @@ _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _safe(divisor: Tensor) -> Tensor:
-    """The gradient of a mean over nothing is zero."""
-    return divisor.masked_fill(divisor == 0, 1)
+def _safe(divisor: Tensor, count: Tensor) -> Tensor:
+    """The gradient of a mean over nothing is zero; over weights of zero, as in torch, NaN."""
+    return divisor.masked_fill(count == 0, 1)
 
 
 class _PerPosition(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops._checks import check_dtype, check_tensor, check_that
+from fastlm.ops._checks import check_dtype, check_integer, check_tensor, check_that
 from fastlm.ops._define import define_op
 from fastlm.ops._linear import cast_to, check_linear
 from fastlm.ops.cross_entropy import check_transform
@@ -68,6 +68,7 @@ def linear_top_k(
     dtype = check_linear(_OP, input, linear_weight, linear_bias)
     check_transform(_OP, softcap, logit_scale)
     vocab_size = linear_weight.shape[0]
+    check_integer(_OP, "k", k)
     check_that(_OP, "k", 1 <= k <= vocab_size, f"be in [1, {vocab_size}]", k)
     params = (None if x is None else x.detach() for x in (input, linear_weight, linear_bias))
     return TopK(*_forward(*cast_to(dtype, *params), k, softcap, logit_scale, backend))

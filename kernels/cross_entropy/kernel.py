@@ -14,14 +14,22 @@ Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, algorithm 3.
 Row r of the logits is at (r // inner) * stride_outer + (r % inner) * stride_inner, so that a
 shifted view like logits[:, :-1] is read in place.
 
-A NaN or +inf in a row, or nothing but -inf, makes its loss and gradient NaN, as does a target
-outside the vocabulary; no other row changes and nothing outside the tensors is read.
+A NaN or +inf among the x of a row, or nothing but -inf, makes its loss and gradient NaN, as does a
+target outside the vocabulary; no other row changes and nothing outside the tensors is read.
 """
 
 import triton
 import triton.language as tl
 
-from .._losses import gradient, load_block, load_target, loss_factors, smoothed_loss, sums_of_row
+from .._losses import (
+    gradient,
+    load_block,
+    load_target,
+    loss_factors,
+    origin_of,
+    smoothed_loss,
+    sums_of_row,
+)
 
 
 @triton.jit
@@ -61,8 +69,7 @@ def forward_kernel(
         logits_ptr, logits_ptr, weight_ptr, stride_vocab, target, ignore_index, vocab_size,
         logit_scale, softcap, False, HAS_WEIGHT, HAS_SOFTCAP, ACC,
     )  # fmt: skip
-    # what x is taken relative to in a sum over the row: the loss is a difference to x[target]
-    origin = tl.where(x_target == float("-inf"), 0.0, x_target)
+    origin = origin_of(x_target)
     maximum, total, mean, first, weighted = sums_of_row(
         logits_ptr, logits_ptr, weight_ptr, stride_vocab, origin, vocab_size, logit_scale, softcap,
         False, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHED, NEED_STATS, BLOCK_V, ACC,

@@ -29,6 +29,7 @@ from .._losses import (
     load_block,
     load_target,
     loss_factors,
+    origin_of,
     smoothed_loss,
     sums_of_block,
     sums_of_row,
@@ -69,8 +70,7 @@ def loss_kernel(
         logits_ptr, bias_ptr, weight_ptr, 1, target, ignore_index, vocab_size,
         logit_scale, softcap, HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, ACC,
     )  # fmt: skip
-    # what x is taken relative to in a sum over the row: the loss is a difference to x[target]
-    origin = tl.where(x_target == float("-inf"), 0.0, x_target)
+    origin = origin_of(x_target)
     maximum, total, mean, first, weighted = sums_of_row(
         logits_ptr, bias_ptr, weight_ptr, 1, origin, vocab_size, logit_scale, softcap,
         HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHED, NEED_STATS, BLOCK_V, ACC,
@@ -172,7 +172,7 @@ def gradient_kernel(
         if HAS_DENTROPY:
             entropy = tl.load(entropy_ptr + row)
     else:
-        origin = tl.where(x_target == float("-inf"), 0.0, x_target)
+        origin = origin_of(x_target)
         if ONE_BLOCK:
             maximum, total, mean, first, weighted = sums_of_block(
                 x, weight_ptr, origin, lanes, vocab_size, HAS_WEIGHT, SMOOTHED, NEED_STATS

@@ -59,7 +59,7 @@ def forward(
     targets = target.reshape(-1)
     for rows, logits in _chunks(input.reshape(-1, input.shape[-1]), linear_weight):
         launch_loss(logits, targets[rows], loss, known[rows])
-    return _shaped(known, target)
+    return _shaped(known, target, need_stats)
 
 
 def gradients(
@@ -85,7 +85,7 @@ def gradients(
         Upstream(z_weight=z_weight), input, linear_weight, target, loss, known,
         need_input, need_weight, need_bias, lse_is_known=False,
     )  # fmt: skip
-    losses, lse, *stats = _shaped(known, target)
+    losses, lse, *stats = _shaped(known, target, need_stats)
     logprobs, entropy, predictions = stats
     if z_weight is None and not need_stats:
         lse = lse.new_empty(0)
@@ -166,9 +166,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten().contiguous()
 
 
-def _shaped(known: Rows, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _shaped(
+    known: Rows, target: Tensor, need_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     losses, lse, *stats = vars(known).values()
-    logprobs, entropy, predictions = (x.view(target.shape) if x.numel() else x for x in stats)
+    logprobs, entropy, predictions = (x.view(target.shape) if need_stats else x for x in stats)
     return losses.view(target.shape), lse.view(target.shape), logprobs, entropy, predictions
 
 

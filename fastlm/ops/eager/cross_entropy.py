@@ -37,9 +37,10 @@ def forward(
     )  # fmt: skip
     if not usual:
         known.mask(_column(ignored), _column(invalid))
-    columns = vars(known).values()
-    losses, maximum, log_sum, logprobs, entropy, predictions = (
-        x.view(target.shape) if x.numel() == target.numel() else x[:, 0] for x in columns
+    losses, maximum, log_sum, *stats = vars(known).values()
+    losses, maximum, log_sum = (x.view(target.shape) for x in (losses, maximum, log_sum))
+    logprobs, entropy, predictions = (
+        x.view(target.shape) if need_stats else x[:, 0] for x in stats
     )
     return losses, maximum, log_sum, logprobs, entropy, predictions
 

@@ -32,8 +32,11 @@ def forward(
         if bias is not None:
             z.add_(bias)
         transform(z, options, out=z)
-        torch.topk(z, k, out=(logprobs[rows], indices[rows]))
-        logprobs[rows] -= z.logsumexp(1, keepdim=True)
+        top, indices[rows] = torch.topk(z, k)
+        maximum = top[:, :1]
+        # in two steps: their sum, rounded, has lost what a likely class is judged by
+        log_sum = (z - maximum).exp_().sum(1, keepdim=True).log_()
+        logprobs[rows] = (top - maximum).sub_(log_sum)
     shape = (*input.shape[:-1], k)
     return logprobs.view(shape), indices.view(shape)
 
