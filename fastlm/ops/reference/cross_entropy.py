@@ -130,12 +130,6 @@ def classify(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor
     return ignored, invalid, target.masked_fill(ignored | invalid, 0)
 
 
-def log_sum_exp(logits: Tensor) -> Tensor:
-    """Over the last dimension; NaN where a logit is +inf, as the softmax is."""
-    lse = logits.logsumexp(dim=-1)
-    return lse.masked_fill(lse == torch.inf, torch.nan)
-
-
 def check_targets(
     op: str, target: Tensor, vocab_size: int, ignore_index: int, *, may_wait: bool = False
 ) -> None:
