@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from fastlm.benchmarks import _harness, _report
-from fastlm.benchmarks._harness import MODES, REGISTRY, Ceilings, Problem
+from fastlm.benchmarks._harness import REGISTRY, Ceilings
 
-OPS = ("attention", "cross_entropy", "linear_cross_entropy")
+# op -> the module that registers its benchmark
+OPS = {"attention": "attention", "cross_entropy": "loss", "linear_cross_entropy": "loss"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return _show(options.show)
     device = options.device
     for op in options.ops:
-        importlib.import_module(f"fastlm.benchmarks.{op}")
+        if op not in REGISTRY:  # a benchmark that is run as a script has registered its own
+            importlib.import_module(f"fastlm.benchmarks.{OPS[op]}")
     dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
     ceilings = _harness.measure_ceilings(device, [dtype])
     env = _report.environment(device, ceilings)
@@ -58,19 +60,21 @@ def _run_op(
     for row in rows:
         print(_report.line(row), flush=True)
     for problem in bench.sizes[size]:
-        missing = [mode for mode in MODES if _key(_stub(op, problem, mode, dtype)) not in done]
+        stubs = {
+            mode: {**problem.labels(op, mode, dtype), "provider": "fastlm"}
+            for mode in problem.modes
+        }
+        missing = [mode for mode, stub in stubs.items() if _key(stub) not in done]
         if not missing:
             continue
         if time.monotonic() > deadline:
-            print(f"{problem.shape} not run: out of time", flush=True)
+            print(f"{problem} not run: out of time", flush=True)
             return False
         # Stays in the file when the process dies here, and then names the case that did it.
-        died = [
-            {**_stub(op, problem, mode, dtype), "failed": "ended the process"} for mode in missing
-        ]
+        died = [{**stubs[mode], "failed": "ended the process"} for mode in missing]
         _report.save(path, env, rows + died)
         torch.manual_seed(0)
-        case = bench.build(problem.shape, dtype, options.device)
+        case = bench.build(problem, dtype, options.device)
         new: list[dict[str, Any]] = []
         try:
             for mode in missing:
@@ -106,21 +110,14 @@ def _show(folder: Path) -> int:
     return 0 if paths else 1
 
 
-def _stub(op: str, problem: Problem, mode: str, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "op": op, "mode": mode, "shape": problem.shape, "dtype": _harness.name_of(dtype),
-        "provider": "fastlm",
-    }  # fmt: skip
-
-
 def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row[name] for name in ("op", "mode", "shape", "dtype")])
+    return json.dumps([row.get(name) for name in ("op", "mode", "shape", "dtype", "inputs")])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
     add = parser.add_argument
-    add("ops", nargs="*", metavar="op", default=OPS, help=f"{', '.join(OPS)}; all by default")
+    add("ops", nargs="*", metavar="op", default=list(OPS), help=f"{', '.join(OPS)}; all by default")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=tuple(DTYPES), help="bfloat16 on a GPU, float32 on a CPU by default")
     add("--quick", action="store_true", help="one small size per op, to see that all works")

@@ -7,11 +7,13 @@ before they are timed; of the others only the error is reported.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,17 @@ from fastlm.testing import assert_as_accurate
 
 Outputs = tuple[Tensor, ...]
 
+# A function of a case's inputs, or the reason why it is absent here.
+Provider = Callable[..., Tensor] | str
+
+MODES = ("fwd", "fwd_bwd")
+
+# Elements compared at once, 1 GB in float64: results may be as large as the memory is.
+_COMPARED_AT_ONCE = 1 << 27
+
+# A call that takes this many seconds needs no more warming, and few rounds.
+_LONG = 2.0
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -29,10 +42,22 @@ class Problem:
     Attributes:
         shape: Name of each size to its value, as in the result rows.
         only: Providers worth running here; empty for all.
+        inputs: What kind they are, where a benchmark has several; then it is in the rows.
+        modes: Those worth running here.
     """
 
     shape: dict[str, int]
     only: tuple[str, ...] = ()
+    inputs: str = ""
+    modes: tuple[str, ...] = MODES
+
+    def __str__(self) -> str:
+        return " ".join([f"{key}{value}" for key, value in self.shape.items()] + [self.inputs])
+
+    def labels(self, op: str, mode: str, dtype: torch.dtype) -> dict[str, Any]:
+        """What tells the rows of this problem from others."""
+        labels = {"op": op, "mode": mode, "shape": self.shape, "dtype": name_of(dtype)}
+        return {**labels, "inputs": self.inputs} if self.inputs else labels
 
 
 @dataclass(frozen=True)
@@ -45,13 +70,25 @@ class Case:
         truth: Mode to output and gradients in float64.
         bytes_moved: Mode to bytes, each input read once and each output written once.
         flops: Mode to floating-point operations.
+        overwriting: Providers that write into their inputs; they get their own.
+        yardsticks: Name to a function of the mode that computes no result to judge.
     """
 
     inputs: tuple[Tensor, ...]
-    providers: dict[str, Callable[..., Tensor]]
+    providers: dict[str, Provider]
     truth: Callable[[str], Outputs]
     bytes_moved: dict[str, float]
     flops: dict[str, float]
+    overwriting: tuple[str, ...] = ()
+    yardsticks: dict[str, Callable[[str], object]] = field(default_factory=dict)
+
+    def inputs_of(self, provider: str) -> tuple[Tensor, ...]:
+        if provider not in self.overwriting:
+            return self.inputs
+        return tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in self.inputs)
+
+
+Build = Callable[[Problem, torch.dtype, str], Case]
 
 
 @dataclass(frozen=True)
@@ -59,20 +96,17 @@ class Benchmark:
     """Sizes per kind of device, and how to build a case of one."""
 
     op: str
-    build: Callable[[dict[str, int], torch.dtype, str], Case]
+    build: Build
     sizes: dict[str, list[Problem]]
 
 
 REGISTRY: dict[str, Benchmark] = {}
-MODES = ("fwd", "fwd_bwd")
 
 
-def benchmark(op: str, **sizes: list[Problem]) -> Callable[..., Any]:
-    """Register ``build(shape, dtype, device)``; ``sizes`` has the keys cuda, cpu and quick."""
+def benchmark(op: str, **sizes: list[Problem]) -> Callable[[Build], Build]:
+    """Register ``build(problem, dtype, device)``; ``sizes`` has the keys cuda, cpu and quick."""
 
-    def register(
-        build: Callable[[dict[str, int], torch.dtype, str], Case],
-    ) -> Callable[[dict[str, int], torch.dtype, str], Case]:
+    def register(build: Build) -> Build:
         if op in REGISTRY:
             raise ValueError(f"benchmark {op!r} is registered twice")
         REGISTRY[op] = Benchmark(op, build, sizes)
@@ -140,19 +174,21 @@ def run_case(
     bench: Benchmark, case: Case, problem: Problem, mode: str, dtype: torch.dtype, device: str,
     ceilings: Ceilings, *, wanted: Iterable[str] = (), seconds: float = 2.0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row per provider; a provider that fails has ``failed`` instead of numbers."""
-    common: dict[str, Any] = {
-        "op": bench.op, "mode": mode, "shape": problem.shape, "dtype": name_of(dtype)
-    }  # fmt: skip
+    """One row per provider; one that is absent or fails has ``absent`` or ``failed`` instead of
+    numbers, and a yardstick has no error."""
+    common = problem.labels(bench.op, mode, dtype)
     truth = case.truth(mode)
     plain: Outputs | None = None
-    calls: dict[str, Callable[[], Outputs]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     kernels: dict[str, str] = {}
     for name, provider in case.providers.items():
-        if (problem.only and name not in problem.only) or (wanted and name not in wanted):
+        if not _is_wanted(name, problem, wanted):
             continue
-        call = functools.partial(_outputs, provider, case.inputs, mode)
+        if isinstance(provider, str):
+            yield {**common, "provider": name, "absent": provider}
+            continue
+        call = functools.partial(_outputs, provider, case.inputs_of(name), mode)
         try:
             outputs = call()
             if name == "fastlm":
@@ -168,10 +204,15 @@ def run_case(
         if device == "cuda":
             kernels[name] = slowest_kernel(call)
         del outputs
-    peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
+    del plain
+    for name, yardstick in case.yardsticks.items():
+        if _is_wanted(name, problem, wanted):
+            calls[name] = functools.partial(yardstick, mode)
+            calls[name]()
+    peaks = {name: extra_peak_mib(call, device) for name, call in calls.items()}
     times = _interleaved(calls, device, seconds)
     for name, samples in times.items():
-        p20, p50, p80 = statistics.quantiles(samples, n=10)[1::3]
+        p20, p50, p80 = statistics.quantiles(samples, n=10, method="inclusive")[1::3]
         moved, flops = case.bytes_moved[mode], case.flops[mode]
         yield {
             **common,
@@ -183,9 +224,13 @@ def run_case(
             "gbps": moved / p50 / 1e6,
             "fraction_of_peak": ceilings.floor_ms(moved, flops, common["dtype"]) / p50,
             "peak_mib": peaks[name],
-            "max_rel_err": errors[name],
+            "max_rel_err": errors.get(name),
             **({"kernel": kernels[name]} if name in kernels else {}),
         }
+
+
+def _is_wanted(name: str, problem: Problem, wanted: Iterable[str]) -> bool:
+    return (not problem.only or name in problem.only) and (not wanted or name in wanted)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -200,7 +245,9 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def call_plain(case: Case, mode: str) -> Outputs:
     """The yardstick's result, where it is not timed itself."""
-    return _outputs(next(iter(case.providers.values())), case.inputs, mode)
+    provider = next(iter(case.providers.values()))
+    assert not isinstance(provider, str), "the yardstick is what every user has"
+    return _outputs(provider, case.inputs, mode)
 
 
 def _outputs(provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Outputs:
@@ -225,44 +272,84 @@ def cotangent(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor
 
 
 def _judge(name: str, outputs: Outputs, plain: Outputs, truth: Outputs) -> None:
-    for position, (actual, usual, exact) in enumerate(zip(outputs, plain, truth, strict=True)):
-        assert_as_accurate(f"{name}, output {position}", actual, plain=usual, truth=exact)
+    for position, triple in enumerate(zip(outputs, plain, truth, strict=True)):
+        for actual, usual, exact in _pieces(*triple):
+            assert_as_accurate(f"{name}, output {position}", actual, plain=usual, truth=exact)
 
 
 def _relative_error(outputs: Outputs, truth: Outputs) -> float:
     """Largest error over the largest true value, the worst of all outputs."""
-    pairs = zip(outputs, truth, strict=True)
-    return max(
-        ((out.double() - exact).abs().max() / exact.abs().max()).item() for out, exact in pairs
-    )
+    worst = 0.0
+    for pair in zip(outputs, truth, strict=True):
+        error, size = 0.0, 0.0
+        for out, exact in _pieces(*pair):
+            error = max(error, (out.double() - exact).abs().max().item())
+            size = max(size, exact.abs().max().item())
+        worst = max(worst, error / size)
+    return worst
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of tensors of one shape, in pieces of bounded size."""
+    first = tensors[0]
+    if first.dim() == 0:
+        return iter([tensors])
+    step = max(1, _COMPARED_AT_ONCE * len(first) // max(1, first.numel()))
+    return zip(*(x.split(step) for x in tensors), strict=True)
 
 
 def _interleaved(
-    calls: dict[str, Callable[[], Outputs]], device: str, seconds: float
+    calls: dict[str, Callable[[], object]], device: str, seconds: float
 ) -> dict[str, list[float]]:
     """Milliseconds per call, round by round, so that drift falls on all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    least = 5
     for call in calls.values():
-        for _ in range(2):
+        if timed(call, device) > _LONG:
+            least = 3
+        else:
             timed(call, device)
     start, rounds = time.perf_counter(), 0
-    while calls and (rounds < 5 or (time.perf_counter() - start < seconds and rounds < 200)):
+    while calls and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
         for name, call in calls.items():
             times[name].append(1e3 * timed(call, device))
         rounds += 1
     return times
 
 
-def _peak_mib(call: Callable[[], Outputs], device: str) -> float | None:
-    """Memory a call takes above what is there before it; None where nothing counts it."""
-    if device != "cuda":
+def extra_peak_mib(call: Callable[[], object], device: str) -> float | None:
+    """Memory that a call holds at its peak, beyond what was there before and what it returns.
+
+    On a GPU as torch's allocator counts it, on Linux as the kernel counts the pages of this
+    process; None elsewhere.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20 - _size_mib(result)
+    counter = Path("/proc/self/clear_refs")
+    if not counter.exists():
         return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # what earlier calls freed would be used again, unseen
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
+    before = _status_mib("VmRSS")
+    counter.write_text("5")  # the peak is counted from here
+    result = call()
+    # counted in batches of pages, so a call that takes nothing may come out below zero
+    return max(0.0, _status_mib("VmHWM") - before - _size_mib(result))
+
+
+def _size_mib(result: object) -> float:
+    tensors = result if isinstance(result, tuple) else ()
+    return sum(x.numel() * x.element_size() for x in tensors) / 2**20
+
+
+def _status_mib(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def slowest_kernel(call: Callable[[], Outputs]) -> str:
@@ -277,8 +364,12 @@ def slowest_kernel(call: Callable[[], Outputs]) -> str:
 
 @functools.cache
 def _failures() -> tuple[type[BaseException], ...]:
-    """What a provider may raise without ending the run: refusals, wrong results, no memory."""
-    kinds: tuple[type[BaseException], ...] = (AssertionError, NotImplementedError, RuntimeError)
+    """What a provider may raise without ending the run: refusals, wrong results, no memory, and
+    what other people's code raises where it was not made for these inputs or this torch."""
+    kinds: tuple[type[BaseException], ...] = (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+        RuntimeError, TypeError, ValueError,
+    )  # fmt: skip
     try:
         from triton.errors import TritonError
     except ModuleNotFoundError:

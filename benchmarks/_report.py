@@ -20,6 +20,9 @@ import fastlm
 
 from ._harness import Ceilings
 
+# packages that some benchmark measures where they are installed
+PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
+
 
 def environment(device: str, ceilings: Ceilings) -> dict[str, Any]:
     """What a reader needs to judge a number: machine, versions, commit, date, ceilings."""
@@ -33,6 +36,7 @@ def environment(device: str, ceilings: Ceilings) -> dict[str, Any]:
         "fastlm": fastlm.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "peers": {name: _version(name) for name in PEERS},
         "git": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "ceilings": asdict(ceilings),
@@ -68,28 +72,32 @@ def load(path: Path, env: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     content = json.loads(path.read_text())
-    same = all(content["env"][key] == env[key] for key in ("device", "torch", "triton", "git"))
+    same = all(
+        content["env"].get(key) == env[key] for key in ("device", "torch", "triton", "peers", "git")
+    )
     return content["rows"] if same else []
 
 
 HEADER = (
-    f"{'shape':<38} {'mode':<8}{'provider':<15}{'ms':>10}{'p20':>10}{'p80':>10}"
+    f"{'shape':<40} {'mode':<8}{'provider':<15}{'ms':>10}{'p20':>10}{'p80':>10}"
     f"{'TFLOP/s':>9}{'GB/s':>8}{'of peak':>9}{'MiB':>8}{'error':>9}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table, under HEADER."""
-    shape = " ".join(f"{key}{value}" for key, value in row["shape"].items())
-    start = f"{shape + ' ' + row['dtype']:<38} {row['mode']:<8}{row['provider']:<15}"
-    if "failed" in row:
-        return f"{start} {row['failed']}"
+    words = [f"{key}{value}" for key, value in row["shape"].items()]
+    words += [row[name] for name in ("inputs", "dtype") if name in row]
+    start = f"{' '.join(words):<40} {row['mode']:<8}{row['provider']:<15}"
+    if "failed" in row or "absent" in row:
+        return f"{start} {row.get('failed') or 'absent: ' + row['absent']}"
     peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    error = "-" if row["max_rel_err"] is None else f"{row['max_rel_err']:.1e}"
     kernel = f"  {row['kernel'][:60]}" if "kernel" in row else ""
     return (
         f"{start}{row['ms_p50']:>10.3f}{row['ms_p20']:>10.3f}{row['ms_p80']:>10.3f}"
         f"{row['tflops']:>9.3f}{row['gbps']:>8.1f}{row['fraction_of_peak']:>9.1%}"
-        f"{peak:>8}{row['max_rel_err']:>9.1e}{kernel}"
+        f"{peak:>8}{error:>9}{kernel}"
     )
 
 

@@ -38,8 +38,8 @@ CPU = [
 
 
 @benchmark("attention", cuda=GPU, cpu=CPU, quick=CPU[:1])
-def attention(shape: dict[str, int], dtype: torch.dtype, device: str) -> Case:
-    b, t, h, g, d = (shape[name] for name in "BTHGD")
+def attention(problem: Problem, dtype: torch.dtype, device: str) -> Case:
+    b, t, h, g, d = (problem.shape[name] for name in "BTHGD")
     sizes = ((b, t, h, d), (b, t, g, d), (b, t, g, d))
     inputs = tuple(torch.randn(s, device=device).to(dtype).requires_grad_() for s in sizes)
     saved: dict[str, Outputs] = {}

@@ -129,18 +129,9 @@ def _peak_of_steps(provider: str, shape: Shape, vocab_size: int) -> float:
     small = dataclasses.replace(shape, hidden=64, layers=1, length=16)
     stepper(provider, small.config(512), small)()
     step = stepper(provider, shape.config(vocab_size), shape)
-    before = _status("VmRSS")
-    # building may have needed more than a step does
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-    """A memory size of this process, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+    peak = _harness.extra_peak_mib(lambda: [step() for _ in range(2)], "cpu")
+    assert peak is not None, "this system counts no peak"
+    return peak
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ PLAIN = {name: value for name, value in os.environ.items() if name != "TRITON_IN
 
 FIELDS = {
     "op", "mode", "provider", "shape", "dtype", "ms_p50", "ms_p20", "ms_p80", "tflops", "gbps",
-    "fraction_of_peak", "peak_mib", "max_rel_err",
+    "fraction_of_peak", "peak_mib", "max_rel_err", "inputs",
 }  # fmt: skip
 
 # As long as the plan, with every way a stage can end.
@@ -51,6 +51,7 @@ def test_rows_have_the_fields_readers_rely_on_and_a_second_call_adds_none(tmp_pa
     }
     for row in content["rows"]:
         assert row.keys() == FIELDS
+        assert row["inputs"] == "random"
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert 0 < row["max_rel_err"] < 1e-3
     benchmark(tmp_path, "cross_entropy")
@@ -75,6 +76,49 @@ raise SystemExit(main(["cross_entropy", *options]))
     assert "ms_p50" in forward
     assert "ms_p50" not in backward
     assert "AssertionError" in backward["failed"]
+
+
+def test_the_linear_loss_is_measured_beside_its_products_and_names_who_is_absent(tmp_path):
+    without_a_peer = f"""
+import runpy, sys
+sys.modules["cut_cross_entropy"] = None
+script = {str(ROOT / "benchmarks" / "loss.py")!r}
+providers = ["--only", "torch", "fastlm", "products", "cce"]
+sys.argv = [script, "--device", "cpu", "--quick", *providers, "--out", {str(tmp_path)!r}]
+runpy.run_path(script, run_name="__main__")
+"""
+    done = run(sys.executable, "-P", "-c", without_a_peer, env=PLAIN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "cross_entropy.quick.json").exists()
+    content = json.loads((tmp_path / "linear_cross_entropy.quick.json").read_text())
+    rows = [row for row in content["rows"] if row["mode"] == "fwd_bwd"]
+    by_provider = {row["provider"]: row for row in rows}
+    assert by_provider.keys() == {"torch", "fastlm", "products", "cce"}
+    assert by_provider["products"]["ms_p50"] > 0
+    assert by_provider["products"]["max_rel_err"] is None
+    assert "cut_cross_entropy" in by_provider["cce"]["absent"]
+    assert "absent: import of cut_cross_entropy halted" in done.stdout
+
+
+PEAKS = """
+import torch
+from fastlm.benchmarks._harness import extra_peak_mib
+
+def call():
+    scratch = torch.ones(64 << 20)
+    return scratch[: 16 << 20] + 1, torch.ones(0)
+
+call()  # what it frees must count again
+print(extra_peak_mib(lambda: None, "cpu"), extra_peak_mib(call, "cpu"))
+"""
+
+
+def test_the_peak_on_a_cpu_is_what_a_call_holds_beside_its_results():
+    done = run(sys.executable, "-P", "-c", PEAKS, env=PLAIN)
+    assert done.returncode == 0, done.stderr
+    nothing, scratch = map(float, done.stdout.split())
+    assert nothing < 2
+    assert 254 < scratch < 260
 
 
 def test_unknown_benchmark_is_a_usage_error(tmp_path):
