@@ -12,7 +12,9 @@ from support.attention import (
     DTYPES,
     assert_same_bits,
     backends,
+    backward_arguments,
     blocks,
+    forward_arguments,
     judge,
     judge_pooled,
     run,
@@ -166,7 +168,7 @@ def test_power_of_two_means_are_exact(device, backend, dtype):
 
     assert not dkey.any()
     if dtype.itemsize == 2:  # the cast of p makes the recomputed powers of two exact again
-        rest = (dout, None, query, key, value, out, lse, 0.5, True, True)
+        rest = backward_arguments(dout, None, out, lse, query, key, value, scale=0.5)
         want = reference.truth_backward(*rest)[2]
         assert want.norm() > 0
         assert torch.equal(dvalue, want.to(dtype))
@@ -288,9 +290,9 @@ def test_the_yardstick_is_the_same_for_any_value_dim(device, dtype):
     results = []
     for extra in (0, 8):  # torch fuses equal head_dims alone
         v, do = F.pad(value, (0, extra)), F.pad(dout, (0, extra))
-        out, lse = reference.plain_forward(query, key, v, 0.9)
-        rest = (do, None, query, key, v, out, lse, 0.9, True, True)
-        dquery, dkey, dvalue = reference.plain_backward(*rest)
+        out, lse = reference.plain_forward(*forward_arguments(query, key, v, scale=0.9))
+        rest = backward_arguments(do, None, out, lse, query, key, v, scale=0.9)
+        dquery, dkey, dvalue, _ = reference.plain_backward(*rest)
         results.append((out[..., :16], lse, dquery, dkey, dvalue[..., :16]))
     assert_same_bits(*results)
 
@@ -360,27 +362,23 @@ def test_wrong_arguments_are_named(change, error, message):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scale", "value_dim", "with_dlse", "reason"),
+    ("dtype", "options", "width", "fused"),
     [
-        (torch.float32, 1.0, 8, True, "takes bfloat16 and float16, not float32"),
-        (torch.bfloat16, 0.0, 8, True, "scale must be a normal float32 above 0, not 0.0"),
-        (torch.bfloat16, -0.5, 8, True, "scale must be a normal float32 above 0, not -0.5"),
-        (torch.bfloat16, 1.0, 256, True, "a column beside value's 256"),
-        (torch.bfloat16, 1.0, 256, False, None),
-        (torch.bfloat16, 1.0, 255, True, None),
+        (torch.bfloat16, {}, 8, True),
+        (torch.float32, {}, 8, False),
+        (torch.bfloat16, {"scale": 0.0}, 8, False),
+        (torch.bfloat16, {"scale": -0.5}, 8, False),
+        (torch.bfloat16, {}, 264, False),
+        (torch.bfloat16, {"window_size": 3}, 8, False),
+        (torch.bfloat16, {"softcap": 3.0}, 8, False),
+        (torch.bfloat16, {"cu_seqlens_q": torch.tensor([0, 4])}, 8, False),
     ],
 )
-def test_torch_on_cuda_says_what_it_cannot_take(dtype, scale, value_dim, with_dlse, reason):
+def test_torch_on_cuda_fuses_what_its_kernel_takes(dtype, options, width, fused):
     with FakeTensorMode():  # a device in name only
-        query, key, value = (
-            torch.empty(1, 4, 1, dim, dtype=dtype, device="cuda") for dim in (8, 8, value_dim)
-        )
-        lse = torch.empty(1, 1, 4, device="cuda")
-        rest = (value, lse if with_dlse else None, query, key, value, value, lse, scale, True, True)
-        answer = eager.backward_refuses(*rest)
-        assert answer is None if reason is None else reason in answer
-        if value_dim == 8:
-            assert eager.forward_refuses(query, key, value, scale) == answer
+        query = torch.empty(1, 4, 1, 8, dtype=dtype, device="cuda")
+    arguments = forward_arguments(query, query, query, **options)
+    assert eager._is_fused(query, width, arguments[4:8], *arguments[8:]) == fused
 
 
 def test_an_unknown_backend_is_named():

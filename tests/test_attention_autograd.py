@@ -6,7 +6,16 @@ import itertools
 
 import pytest
 import torch
-from support.attention import assert_same_bits, backends, blocks, run, upstream, with_dtypes
+from support.attention import (
+    assert_same_bits,
+    backends,
+    backward_arguments,
+    blocks,
+    forward_arguments,
+    run,
+    upstream,
+    with_dtypes,
+)
 
 import fastlm
 from fastlm.testing import attention_inputs
@@ -46,12 +55,24 @@ def test_gradients_are_those_of_the_function(device, backend, fast):
 def test_operators_keep_the_rules_of_torch_library(device, backend, dtype):
     inputs = attention_inputs(1, 5, 7, 2, 1, 8, dtype, device, value_dim=4)
     forward = torch.ops.fastlm.causal_attention_forward.default
-    torch.library.opcheck(forward, (*inputs, 0.3, backend))
-    out, lse = forward(*inputs, 0.3, backend)
     backward = torch.ops.fastlm.causal_attention_backward.default
-    for needs, with_dlse in (((True, True), True), ((False, True), False), ((True, False), True)):
+    sinks = torch.tensor([0.5, -1.0], device=device)
+    packed = {"cu_seqlens_q": torch.tensor([0, 2, 4], dtype=torch.int32, device=device)}
+    packed["cu_seqlens_k"] = packed["cu_seqlens_q"] + 1
+    packed["cu_seqlens_k"][0] = 0
+    padded = {"key_start": torch.tensor([1], dtype=torch.int32, device=device)}
+    padded["key_end"] = padded["key_start"] + 4
+    for needs, with_dlse, options in (
+        ((True, True, False), True, {}),
+        ((False, True, True), False, {"sinks": sinks, **packed}),
+        ((True, False, True), True, {"sinks": sinks, "window_size": 2, "softcap": 2.0, **padded}),
+    ):
+        arguments = forward_arguments(*inputs, scale=0.3, **options)
+        torch.library.opcheck(forward, (*arguments, backend))
+        out, lse = forward(*arguments, backend)
         dlse = lse if with_dlse else None
-        torch.library.opcheck(backward, (out, dlse, *inputs, out, lse, 0.3, *needs, backend))
+        rest = backward_arguments(out, dlse, out, lse, *inputs, scale=0.3, **options)[:-3]
+        torch.library.opcheck(backward, (*rest, *needs, backend))
 
 
 @pytest.mark.parametrize("backend", backends("triton", "torch"))

@@ -7,7 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from support.attention import assert_same_bits, blocks, run, upstream
+from support.attention import (
+    assert_same_bits,
+    backward_arguments,
+    blocks,
+    forward_arguments,
+    run,
+    upstream,
+)
 from support.interpreter import interpreted_only, permuted_grid
 from support.layouts import layouts
 from support.memory import guarded, in_child, sparse
@@ -168,8 +175,8 @@ def test_one_grid_dimension_takes_any_number_of_heads():
 
     query, key = empty(65_537, 1_000, 4, 64), empty(65_537, 1_000, 2, 64)
     with mock.patch.object(tuning, "plan", REAL_PLAN), recorded(run=False) as log:
-        out, lse = kernels.forward(query, key, key, 0.125)
-        kernels.backward(out, None, query, key, key, out, lse, 0.125, True, True)
+        out, lse = kernels.forward(*forward_arguments(query, key, key))
+        kernels.backward(*backward_arguments(out, None, out, lse, query, key, key))
     assert [launch.name for launch in log] == [
         "forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"
     ]  # fmt: skip

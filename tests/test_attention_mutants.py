@@ -8,6 +8,7 @@ from support.attention import blocks, judge
 from support.interpreter import interpreted_only
 from support.memory import guarded, sparse
 from support.mutants import Mutant, killed
+from support.poison import poisoned
 
 import fastlm
 from fastlm.testing import attention_inputs
@@ -54,10 +55,35 @@ def unspoiled() -> None:
     assert (lse[..., 32:] == torch.inf).all()
 
 
+def packed() -> None:
+    """Documents, one of them without queries and one without keys, and a rest."""
+    ends = [torch.tensor(x, dtype=torch.int32) for x in ((0, 18, 18, 23, 33), (0, 18, 21, 21, 31))]
+    bounds = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
+    with blocks(16, 16):
+        judge(*attention_inputs(1, 40, 35, 2, 1, 8), backend="triton", **bounds)
+
+
+def windowed() -> None:
+    """Windows of less and of more than a block, under a cap, beside sinks."""
+    sinks = torch.tensor([1.5, -0.5])
+    with blocks(16, 16):
+        for size in (5, 33):
+            judge(
+                *attention_inputs(1, 70, 72, 2, 1, 8),
+                backend="triton", window_size=size, softcap=1.5, sinks=sinks,
+            )  # fmt: skip
+
+
+def padded() -> None:
+    """Padding on either side, in memory that is not zero before."""
+    start, end = (torch.tensor([x], dtype=torch.int32) for x in (19, 36))
+    with blocks(16, 16), poisoned(0x7F):
+        judge(*attention_inputs(1, 45, 41, 2, 1, 8), backend="triton", key_start=start, key_end=end)
+
+
 # what several of the texts below have in common
 STEP = "* stride + cols[None, :]\n    if CHECK_ROWS and"
 ROWS, COLS = "mask=(rows < num_rows)[:, None]", " & (cols < DIM)[None, :]"
-WALK = "\n        num_queries, num_keys, scale * LOG2_E,"
 KEY, VALUE = "*key.stride()[:3],", "*value.stride()[:3],"
 FIRST = "tl.maximum(first_key - offset, 0)"
 
@@ -71,6 +97,81 @@ PLANTED = [
         accurate,
     ),
     ("ends are not aligned", TILES, "keys <= queries + offset", "keys <= queries", accurate),
+    ("documents are found one too late", TILES, "first <= rank", "first < rank", packed),
+    ("a document has no block of its own", TILES, "// BLOCK + documents", "// BLOCK", packed),
+    ("documents see the end of the row", TILES, "other=num_tokens", "other=num_tokens + 9", packed),
+    (
+        "what follows the documents sees keys",
+        TILES,
+        "(document == num_documents) | (first_query >= q_count)",
+        "first_query >= q_count",
+        packed,
+    ),
+    ("the window is one too wide", TILES, "offset - window\n", "offset - window - 1\n", windowed),
+    (
+        "the window's end is not masked",
+        TILES,
+        "past_last - window, 0), BLOCK_N) * BLOCK_N",
+        "past_last - window, 0), BLOCK_N) * 0",
+        windowed,
+    ),
+    (
+        "blocks before the window are skipped by one",
+        TILES,
+        "tl.maximum(past_first - window, 0) // BLOCK_N",
+        "tl.cdiv(tl.maximum(past_first - window, 0), BLOCK_N)",
+        windowed,
+    ),
+    (
+        "queries beyond a window are left out",
+        TILES,
+        "num_keys) - 1 - offset + window",
+        "num_keys) - 2 - offset + window",
+        windowed,
+    ),
+    ("the cap's slope is forgotten", BACKWARD, "1.0 - products * products", "1.0", windowed),
+    (
+        "a sink counts twice",
+        FORWARD,
+        'float("-inf"), 0.0, 1.0)',
+        'float("-inf"), 0.0, 2.0)',
+        windowed,
+    ),
+    (
+        "a sink's gradient has the wrong sign",
+        LAUNCH,
+        ".mul_(delta).neg_()",
+        ".mul_(delta)",
+        windowed,
+    ),
+    (
+        "padding in front is seen",
+        TILES,
+        "num_keys - num_queries - start",
+        "num_keys - num_queries",
+        padded,
+    ),
+    (
+        "padding behind is seen",
+        TILES,
+        "return start, end - start,",
+        "return start, num_keys - start,",
+        padded,
+    ),
+    (
+        "gradients of padding are not written",
+        LAUNCH,
+        "sequences.is_padded else",
+        "False else",
+        padded,
+    ),
+    (
+        "padding in front moves blocks",
+        TILES,
+        "q_token = tl.where(is_blind, 0, blind)",
+        "q_token = tl.where(is_blind, 0, blind - 1)",
+        padded,
+    ),
     ("acc is not rescaled", FORWARD, "acc = acc * rescale[:, None]", "acc = acc", accurate),
     ("the sum is not rescaled", FORWARD, "row_sum * rescale +", "row_sum +", accurate),
     ("the old maximum is kept", FORWARD, "row_max = new_max", "row_max = row_max", accurate),
@@ -118,8 +219,8 @@ PLANTED = [
     (
         "blocks before the diagonal are skipped",
         BACKWARD,
-        f"unmasked_end, end,{WALK}",
-        f"unmasked_end, unmasked_end,{WALK}",
+        "        unmasked_end, end, k_count,",
+        "        unmasked_end, unmasked_end, k_count,",
         accurate,
     ),
     (
@@ -132,8 +233,8 @@ PLANTED = [
     (
         "keys after the diagonal are walked over",
         TILES,
-        "return unmasked_end, tl.maximum(last_query + offset + 1, 0)",
-        "return unmasked_end, num_keys",
+        "end = tl.minimum(tl.maximum(past_last, 0), num_keys)",
+        "end = num_keys",
         unspoiled,
     ),
     (
@@ -154,6 +255,10 @@ PLANTED = [
 # a normal run plants these; the rest are for the long one
 QUICK = {
     "the diagonal is left out",
+    "documents are found one too late",
+    "the window is one too wide",
+    "the cap's slope is forgotten",
+    "padding in front is seen",
     "acc is not rescaled",
     "heads map to groups by remainder",
     "rows are 32 bits wide",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from fastlm.ops._checks import (
     FLOAT_DTYPES,
     PLAIN,
     check_dtype,
+    check_integer,
+    check_real,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -21,6 +24,7 @@ from fastlm.ops._checks import (
 from fastlm.ops._define import define_op
 
 MAX_HEAD_DIM = 256
+Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 BACKENDS = {
     "triton": "fastlm.kernels.attention",
     "torch": "fastlm.ops.eager.attention",
@@ -34,6 +38,13 @@ def causal_attention(
     value: Tensor,
     *,
     scale: float | None = None,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -42,10 +53,11 @@ def causal_attention(
     Agrees with :func:`torch.nn.functional.scaled_dot_product_attention` with ``is_causal=True`` on
     transposed tensors where T == S.  Elsewhere the ends are aligned, not the beginnings: query t
     sees the keys s <= t + S - T, so that one query over a cache sees all of it.  A query that sees
-    no key (T > S) has out 0, lse -inf and gradient 0.  Scores are never stored (Dao, 2023,
+    no key has out 0, lse -inf and gradient 0.  Scores are never stored (Dao, 2023,
     https://arxiv.org/abs/2307.08691).  The triton backend copies no input and gives the same bits
-    in every run; the torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs
-    without instructions for them, values whose head_dim is not query's.  On CPU it also allocates a
+    in every run, and a sequence the same bits whatever is packed, padded or batched with it; the
+    torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs without
+    instructions for them, values whose head_dim is not query's.  On CPU it also allocates a
     ``(T, S)`` mask of scores where T != S and T > 1.  A NaN or infinity may also spoil positions
     that do not see it, 0 * NaN being NaN: with reference none, with triton no lse and nothing 256
     positions away or further, with torch any.
@@ -56,7 +68,22 @@ def causal_attention(
             and value head ``h // (H // G)``.
         value: ``(B, S, G, Dv)``, dtype of query; Dv from 1 to 256.
         scale: Factor of the scores, any float; None for ``1 / sqrt(D)``.
-        return_lse: Also return the log-sum-exp of each query's scaled scores.
+        window_size: How many of the latest keys each query sees, that of its own position included
+            (Beltagy et al., 2020, https://arxiv.org/abs/2004.05150); at least 1.
+        softcap: Positive: scores become ``softcap * tanh(score / softcap)`` (Gemma 2,
+            https://arxiv.org/abs/2408.00118, section 2).
+        sinks: ``(H,)``, any float dtype: the score of one more key, whose value is 0, for every
+            query of a head; learnable (Agarwal et al., 2025, https://arxiv.org/abs/2508.10925).
+        cu_seqlens_q: ``(documents + 1,)`` int32 or int64, on the device, for B == 1: document d has
+            the queries from ``cu_seqlens_q[d]`` to ``cu_seqlens_q[d + 1]``, and sees its own keys
+            alone, aligned at their ends.  Begins with 0, never falls, and ends by T; documents may
+            be empty.  The queries after the last see nothing.  Nothing is read on the host, and
+            lengths are no part of what is compiled.
+        cu_seqlens_k: The same of the keys; None if they are divided like the queries.
+        key_start: ``(B,)`` int32 or int64, on the device: the keys of row b before
+            ``key_start[b]`` are padding, which no query sees.
+        key_end: ``(B,)``: so are those from ``key_end[b]`` on.
+        return_lse: Also return the log-sum-exp of each query's scores, its sink included.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -64,18 +91,32 @@ def causal_attention(
         ``(B, H, T)``, natural log, float32, float64 for float64 inputs.  Both are differentiable.
 
     Raises:
-        ValueError: Shapes or devices do not match, or a head_dim is out of range.
+        ValueError: Shapes or devices do not match, a number is out of range, or boundaries on a CPU
+            are none.  On a GPU boundaries are not looked at: wrong ones give wrong results, but
+            reach no memory beyond the tensors.
         TypeError: A dtype is not one of those above, or they differ.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
     _check_arguments(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    sequences: Sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+    if any(x is not None for x in sequences):
+        sequences = _check_sequences(query, key, *sequences)
+    if window_size is not None or softcap is not None or sinks is not None:
+        _check_options(query, window_size, softcap, sinks)
     if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (sinks is not None and sinks.requires_grad)
     ):
-        out, lse = _CausalAttention.apply(query, key, value, scale, backend)
+        out, lse = _CausalAttention.apply(
+            query, key, value, sinks, *sequences, scale, window_size, softcap, backend
+        )
     else:
-        out, lse = _forward(query, key, value, scale, backend)
+        out, lse = _forward(
+            query, key, value, sinks, *sequences, scale, window_size, softcap, backend
+        )
     return (out, lse) if return_lse else out
 
 
@@ -122,41 +163,122 @@ def _is_usual(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
+def _check_options(
+    query: Tensor, window_size: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    op = "causal_attention"
+    if window_size is not None:
+        check_integer(op, "window_size", window_size)
+        check_that(op, "window_size", window_size >= 1, "be at least 1", window_size)
+    if softcap is not None:
+        check_real(op, "softcap", softcap)
+        is_cap = 0 < softcap < math.inf
+        check_that(op, "softcap", is_cap, "be positive and finite", softcap)
+    if sinks is not None:
+        check_tensor(op, "sinks", sinks)
+        check_dtype(op, "sinks", sinks)
+        check_shape(op, "sinks", sinks, query.shape[2:3], "to match query")
+        check_same_device(op, "sinks", sinks, "query", query)
+
+
+def _check_sequences(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+) -> Sequences:
+    """Check what divides rows, and return it in int32."""
+    op, batch = "causal_attention", query.shape[0]
+    bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    padding = {"key_start": key_start, "key_end": key_end}
+    for name, x in (bounds | padding).items():
+        if x is not None:
+            check_tensor(op, name, x)
+            check_dtype(op, name, x, (torch.int32, torch.int64))
+            check_same_device(op, name, x, "query", query)
+    for name, x in padding.items():
+        if x is not None:
+            check_shape(op, name, x, (batch,), "to match query")
+            check_that(op, name, cu_seqlens_q is None, "be None with cu_seqlens_q", "a tensor")
+    if cu_seqlens_q is None:
+        check_that(op, "cu_seqlens_k", cu_seqlens_k is None, "come with cu_seqlens_q", "it alone")
+    else:
+        check_that(op, "query", batch == 1, "have B == 1 with cu_seqlens_q", batch)
+        has_start = cu_seqlens_q.dim() == 1 and cu_seqlens_q.shape[0] > 0
+        requirement, shape = "have shape (documents + 1,)", tuple(cu_seqlens_q.shape)
+        check_that(op, "cu_seqlens_q", has_start, requirement, shape)
+        if cu_seqlens_k is None:
+            check_shape(op, "key", key, query.shape[:2] + key.shape[2:], "without cu_seqlens_k")
+        else:
+            check_shape(op, "cu_seqlens_k", cu_seqlens_k, shape, "to match cu_seqlens_q")
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # the compiler takes no tensor twice
+    cu_seqlens_q, cu_seqlens_k, key_start, key_end = (
+        None if x is None else x.int().contiguous()
+        for x in (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+    )
+    return cu_seqlens_q, cu_seqlens_k, key_start, key_end
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        key_start: Tensor | None,
+        key_end: Tensor | None,
+        scale: float,
+        window_size: int | None,
+        softcap: float | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(query, key, value, scale, backend)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scale, ctx.backend = scale, backend
+        inputs = (query, key, value, sinks, cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+        out, lse = _forward(*inputs, scale, window_size, softcap, backend)
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.options, ctx.backend = (scale, window_size, softcap), backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        query, key, value, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out = ctx.saved_tensors[-2]
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
-        need_dquery, *need_rest = ctx.needs_input_grad[:3]
-        dquery, dkey, dvalue = _backward(
-            dout, dlse, query, key, value, out, lse,
-            ctx.scale, need_dquery, any(need_rest), ctx.backend,
+        needs = ctx.needs_input_grad[:4]
+        need_dquery, need_dkey, need_dvalue, need_dsinks = needs
+        *grads, dsinks = _backward(
+            dout, dlse, *ctx.saved_tensors, *ctx.options,
+            need_dquery, need_dkey or need_dvalue, need_dsinks, ctx.backend,
         )  # fmt: skip
-        need_dkey, need_dvalue = need_rest
-        return (
-            dquery if need_dquery else None,
-            dkey if need_dkey else None,
-            dvalue if need_dvalue else None,
-            None,
-            None,
+        if need_dsinks:
+            dsinks = dsinks.sum((0, 2)).to(ctx.saved_tensors[3].dtype)
+        wanted = (
+            grad if need else None for grad, need in zip((*grads, dsinks), needs, strict=True)
         )
+        return *wanted, None, None, None, None, None, None, None, None
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
     batch, num_queries, heads, _ = query.shape
     out = query.new_empty((batch, num_queries, heads, value.shape[-1]))
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -169,16 +291,26 @@ def _backward_fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
+    window_size: int | None,
+    softcap: float | None,
     need_dquery: bool,
     need_dkey_dvalue: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dquery = query.new_empty(query.shape if need_dquery else 0)
-    if need_dkey_dvalue:
-        return dquery, key.new_empty(key.shape), value.new_empty(value.shape)
-    return dquery, key.new_empty(0), value.new_empty(0)
+    need_dsinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = (need_dquery, need_dkey_dvalue, need_dkey_dvalue, need_dsinks)
+    dquery, dkey, dvalue, dsinks = (
+        x.new_empty(x.shape if need else 0)
+        for x, need in zip((query, key, value, lse), needs, strict=True)
+    )
+    return dquery, dkey, dvalue, dsinks
 
 
 _forward = define_op("causal_attention", "forward", BACKENDS, fake=_forward_fake)

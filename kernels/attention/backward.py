@@ -1,21 +1,32 @@
 """Causal attention, backward.
 
-    p     = exp(scale * query key^T - lse)          recomputed, never stored
+    p     = exp(score - lse)                        recomputed, never stored
     delta = sum_v dout out - dlse                   one number per query
-    ds    = p (dout value^T - delta)
+    ds    = p (dout value^T - delta)                times 1 - (score / softcap)^2 under a softcap
     dvalue = p^T dout      dkey = scale ds^T query      dquery = scale ds key
 
 (Dao, 2023, https://arxiv.org/abs/2307.08691, algorithm 2, in two kernels.)  One keeps the gradients
 of BLOCK_N keys and walks over the queries of every head that shares them; the other keeps the
 gradient of BLOCK_M queries and walks over keys.  Scores are computed twice, and in exchange nothing
-is added through memory: no atomics, no order to depend on.
+is added through memory: no atomics, no order to depend on.  A sink's gradient needs lse and delta
+alone: the launch computes it.
 """
 
 import triton
 import triton.language as tl
 
-from .forward import LOG2_E
-from .tiles import key_range, load_rows, locate, query_range, store_rows, visible
+from .tiles import (
+    LOG2_E,
+    capped,
+    key_range,
+    load_rows,
+    place_keys,
+    place_queries,
+    query_range,
+    score_factors,
+    store_rows,
+    visible,
+)
 
 
 @triton.jit
@@ -67,6 +78,10 @@ def dkdv_kernel(
     delta_ptr,  # (B, H, T), contiguous, ACC
     dk_ptr,  # like k, contiguous
     dv_ptr,  # like v, contiguous
+    bounds_q_ptr,  # (num_documents + 1,) int32, read if PACKED, as the next
+    bounds_k_ptr,
+    key_start_ptr,  # (B,) int32, read if HAS_START
+    key_end_ptr,  # (B,) int32, read if HAS_END
     stride_qb,
     stride_qt,
     stride_qh,
@@ -84,53 +99,80 @@ def dkdv_kernel(
     group_size,
     num_queries,
     num_keys,
+    num_documents,
+    window,  # keys, read if HAS_WINDOW
     heads_per_section,
     scale: tl.float64,
+    softcap: tl.float64,  # read if HAS_SOFTCAP
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    SKIPS_BLIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(num_keys, BLOCK_N)
-    # the first block of keys is seen by the most queries
-    rank, kv = locate(num_blocks, batch_kv_heads, heads_per_section)
-    first_key = rank * BLOCK_N
+    kv, q_token, q_count, k_token, k_count, offset, first_key = place_keys(
+        bounds_q_ptr, bounds_k_ptr, key_start_ptr, key_end_ptr, batch_kv_heads, kv_heads,
+        num_queries, num_keys, num_documents, heads_per_section,
+        BLOCK_N, PACKED, HAS_START, HAS_END, SKIPS_BLIND,
+    )  # fmt: skip
     batch = kv // kv_heads
     kv_head = kv % kv_heads
     first_head = kv_head * group_size
-    q_ptr += batch * stride_qb + first_head * stride_qh
-    k_ptr += batch * stride_kb + kv_head * stride_kg
-    v_ptr += batch * stride_vb + kv_head * stride_vg
-    dout_ptr += batch * stride_ob + first_head * stride_oh
-    lse_ptr += kv * group_size * num_queries
-    delta_ptr += kv * group_size * num_queries
+    q_token, k_token = q_token.to(tl.int64), k_token.to(tl.int64)
+    q_ptr += batch * stride_qb + first_head * stride_qh + q_token * stride_qt
+    k_ptr += batch * stride_kb + kv_head * stride_kg + k_token * stride_ks
+    v_ptr += batch * stride_vb + kv_head * stride_vg + k_token * stride_vs
+    dout_ptr += batch * stride_ob + first_head * stride_oh + q_token * stride_ot
+    lse_ptr += kv * group_size * num_queries + q_token
+    delta_ptr += kv * group_size * num_queries + q_token
 
     keys = first_key + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, keys, num_keys, stride_ks, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, keys, num_keys, stride_vs, VALUE_DIM, BLOCK_V, True)
+    k = load_rows(k_ptr, keys, k_count, stride_ks, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr, keys, k_count, stride_vs, VALUE_DIM, BLOCK_V, True)
     scale = tl.full((), scale, ACC)
-    start, unmasked_start = query_range(first_key, num_queries, num_keys, BLOCK_M, BLOCK_N)
+    inner, outer = score_factors(scale, softcap, HAS_SOFTCAP, ACC)
+    start, unmasked_start, unmasked_end, end = query_range(
+        first_key, q_count, k_count, offset, window, BLOCK_M, BLOCK_N, HAS_WINDOW
+    )
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_V), ACC)
     dk, dv = _gather_dkdv(
         dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
-        stride_oh, group_size, start, unmasked_start, num_queries, num_keys, scale * LOG2_E,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=True,
+        stride_oh, group_size, num_queries,
+        start, unmasked_start, q_count, k_count, offset, window, inner, outer,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        MASKED=True,
     )  # fmt: skip
     dk, dv = _gather_dkdv(
         dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
-        stride_oh, group_size, unmasked_start, num_queries, num_queries, num_keys, scale * LOG2_E,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, MASKED=False,
+        stride_oh, group_size, num_queries,
+        unmasked_start, unmasked_end, q_count, k_count, offset, window, inner, outer,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        MASKED=False,
     )  # fmt: skip
+    if HAS_WINDOW:
+        dk, dv = _gather_dkdv(
+            dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr,
+            stride_qt, stride_qh, stride_ot, stride_oh, group_size, num_queries,
+            unmasked_end, end, q_count, k_count, offset, window, inner, outer,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            MASKED=True,
+        )  # fmt: skip
 
-    row = batch * num_keys * kv_heads + kv_head
+    row = (batch * num_keys + k_token) * kv_heads + kv_head
     dk_ptr += row * HEAD_DIM
     dv_ptr += row * VALUE_DIM
-    store_rows(dk_ptr, keys, num_keys, kv_heads * HEAD_DIM, dk * scale, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, keys, num_keys, kv_heads * VALUE_DIM, dv, VALUE_DIM, BLOCK_V)
+    store_rows(dk_ptr, keys, k_count, kv_heads * HEAD_DIM, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, keys, k_count, kv_heads * VALUE_DIM, dv, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit
@@ -149,17 +191,24 @@ def _gather_dkdv(
     stride_ot,
     stride_oh,
     group_size,
+    head_stride,  # of lse and delta
     start,
     end,
     num_queries,
     num_keys,
-    scale_log2,
+    offset,
+    window,
+    inner,
+    outer,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     # one loop over all heads of the group: nested loops cost the registers that dk and dv need
@@ -171,25 +220,26 @@ def _gather_dkdv(
             q_ptr + member * stride_qh, queries, num_queries, stride_qt, HEAD_DIM, BLOCK_D, True
         )
         # scores are transposed, so that p and ds are first operands of their products, in registers
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
-        lse = _lse_log2(lse_ptr + member * num_queries, queries, num_queries)
-        scores = scores * scale_log2 - lse[None, :]
-        seen = visible(queries[None, :], keys[:, None], num_keys - num_queries)
-        if MASKED:
-            scores = tl.where(seen, scores, float("-inf"))
-        p = tl.exp2(scores)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
+        lse = _lse_log2(lse_ptr + member * head_stride, queries, num_queries)
+        seen = visible(queries[None, :], keys[:, None], num_keys, offset, window, HAS_WINDOW)
+        p, slope = _probabilities(
+            scores, seen, lse[None, :], inner, outer, q.dtype, HAS_SOFTCAP, MASKED
+        )
         dout = load_rows(
             dout_ptr + member * stride_oh, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True
         )
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee", out_dtype=ACC)
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=ACC)
-        delta_ptrs = delta_ptr + member * num_queries + queries
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        delta_ptrs = delta_ptr + member * head_stride + queries
         delta = tl.load(delta_ptrs, mask=queries < num_queries, other=0.0)
         ds = p * (dp - delta[None, :])
+        if HAS_SOFTCAP:
+            ds *= slope
         if MASKED:
             # not left to p = 0: values of keys out of sight may be NaN
             ds = tl.where(seen, ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=ACC)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv
 
 
@@ -202,6 +252,10 @@ def dq_kernel(
     lse_ptr,  # (B, H, T), contiguous, ACC
     delta_ptr,  # (B, H, T), contiguous, ACC
     dq_ptr,  # like q, contiguous
+    bounds_q_ptr,  # (num_documents + 1,) int32, read if PACKED, as the next
+    bounds_k_ptr,
+    key_start_ptr,  # (B,) int32, read if HAS_START
+    key_end_ptr,  # (B,) int32, read if HAS_END
     stride_qb,
     stride_qt,
     stride_qh,
@@ -219,50 +273,72 @@ def dq_kernel(
     group_size,
     num_queries,
     num_keys,
+    num_documents,
+    window,  # keys, read if HAS_WINDOW
     heads_per_section,
     scale: tl.float64,
+    softcap: tl.float64,  # read if HAS_SOFTCAP
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(num_queries, BLOCK_M)
-    rank, head = locate(num_blocks, batch_heads, heads_per_section)
-    # the last block of queries sees the most keys
-    first_query = (num_blocks - 1 - rank) * BLOCK_M
+    head, q_token, q_count, k_token, k_count, offset, first_query = place_queries(
+        bounds_q_ptr, bounds_k_ptr, key_start_ptr, key_end_ptr, batch_heads, heads, num_queries,
+        num_keys, num_documents, heads_per_section, BLOCK_M, PACKED, HAS_START, HAS_END,
+    )  # fmt: skip
     batch = head // heads
     kv_head = head % heads // group_size
-    q_ptr += batch * stride_qb + head % heads * stride_qh
-    k_ptr += batch * stride_kb + kv_head * stride_kg
-    v_ptr += batch * stride_vb + kv_head * stride_vg
-    dout_ptr += batch * stride_ob + head % heads * stride_oh
-    lse_ptr += head * num_queries
-    delta_ptr += head * num_queries
+    q_token, k_token = q_token.to(tl.int64), k_token.to(tl.int64)
+    q_ptr += batch * stride_qb + head % heads * stride_qh + q_token * stride_qt
+    k_ptr += batch * stride_kb + kv_head * stride_kg + k_token * stride_ks
+    v_ptr += batch * stride_vb + kv_head * stride_vg + k_token * stride_vs
+    dout_ptr += batch * stride_ob + head % heads * stride_oh + q_token * stride_ot
+    lse_ptr += head * num_queries + q_token
+    delta_ptr += head * num_queries + q_token
 
     queries = first_query + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, queries, num_queries, stride_qt, HEAD_DIM, BLOCK_D, True)
-    dout = load_rows(dout_ptr, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True)
-    lse = _lse_log2(lse_ptr, queries, num_queries)
-    delta = tl.load(delta_ptr + queries, mask=queries < num_queries, other=0.0)
+    q = load_rows(q_ptr, queries, q_count, stride_qt, HEAD_DIM, BLOCK_D, True)
+    dout = load_rows(dout_ptr, queries, q_count, stride_ot, VALUE_DIM, BLOCK_V, True)
+    lse = _lse_log2(lse_ptr, queries, q_count)
+    delta = tl.load(delta_ptr + queries, mask=queries < q_count, other=0.0)
     scale = tl.full((), scale, ACC)
-    unmasked_end, end = key_range(first_query, num_queries, num_keys, BLOCK_M, BLOCK_N)
+    inner, outer = score_factors(scale, softcap, HAS_SOFTCAP, ACC)
+    start, unmasked_start, unmasked_end, end = key_range(
+        first_query, q_count, k_count, offset, window, BLOCK_M, BLOCK_N, HAS_WINDOW
+    )
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    if HAS_WINDOW:
+        dq = _gather_dq(
+            dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
+            start, tl.minimum(unmasked_start, end), k_count, offset, window, inner, outer,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            MASKED=True,
+        )  # fmt: skip
     dq = _gather_dq(
-        dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs, 0, unmasked_end,
-        num_queries, num_keys, scale * LOG2_E,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, MASKED=False,
+        dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
+        unmasked_start, unmasked_end, k_count, offset, window, inner, outer,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        MASKED=False,
     )  # fmt: skip
     dq = _gather_dq(
-        dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end,
-        num_queries, num_keys, scale * LOG2_E,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, MASKED=True,
+        dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
+        unmasked_end, end, k_count, offset, window, inner, outer,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        MASKED=True,
     )  # fmt: skip
 
-    dq_ptr += (batch * num_queries * heads + head % heads) * HEAD_DIM
-    store_rows(dq_ptr, queries, num_queries, heads * HEAD_DIM, dq * scale, HEAD_DIM, BLOCK_D)
+    dq_ptr += ((batch * num_queries + q_token) * heads + head % heads) * HEAD_DIM
+    store_rows(dq_ptr, queries, q_count, heads * HEAD_DIM, dq * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -279,34 +355,56 @@ def _gather_dq(
     stride_vs,
     start,
     end,
-    num_queries,
     num_keys,
-    scale_log2,
+    offset,
+    window,
+    inner,
+    outer,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     for first_key in range(start, end, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, keys, num_keys, stride_ks, HEAD_DIM, BLOCK_D, MASKED)
         v = load_rows(v_ptr, keys, num_keys, stride_vs, VALUE_DIM, BLOCK_V, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
-        scores = scores * scale_log2 - lse[:, None]
-        seen = visible(queries[:, None], keys[None, :], num_keys - num_queries)
-        if MASKED:
-            scores = tl.where(seen, scores, float("-inf"))
-        p = tl.exp2(scores)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        seen = visible(queries[:, None], keys[None, :], num_keys, offset, window, HAS_WINDOW)
+        p, slope = _probabilities(
+            scores, seen, lse[:, None], inner, outer, q.dtype, HAS_SOFTCAP, MASKED
+        )
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds *= slope
         if MASKED:
             # not left to p = 0: values of keys out of sight may be NaN
             ds = tl.where(seen, ds, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=ACC)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
     return dq
+
+
+@triton.jit
+def _probabilities(
+    products, seen, lse, inner, outer, dtype: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """p, and the slope of the softcap; products and lse broadcast against each other."""
+    slope = products
+    if HAS_SOFTCAP:
+        products = capped(products * inner, dtype.primitive_bitwidth == 16)
+        slope = 1.0 - products * products
+    scores = products * outer - lse
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    return tl.exp2(scores), slope
 
 
 @triton.jit

@@ -30,7 +30,7 @@ def _refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def forward_refuses(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | None:
+def forward_refuses(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> str | None:
     return _refuses(query, key, value)
 
 
@@ -40,30 +40,42 @@ def backward_refuses(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    need_dquery: bool,
-    need_dkey_dvalue: bool,
+    *rest: object,
 ) -> str | None:
     return _refuses(query, key, value)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
     batch, num_queries, heads, _ = query.shape
     num_keys, kv_heads, value_dim = value.shape[1:]
     out = query.new_empty((batch, num_queries, heads, value_dim))
     lse = query.new_empty(
         (batch, heads, num_queries), dtype=torch.promote_types(query.dtype, torch.float32)
     )
-    plan = _plan("forward", query, value)
+    sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+    options = _options(query, value, num_keys, window_size, softcap)
+    plan = _plan("forward", query, value, options["HAS_WINDOW"])
     launch(
-        forward_kernel, (triton.cdiv(num_queries, plan.block_m) * batch * heads,),
-        query, key, value, out, lse,
+        forward_kernel, (sequences.query_blocks(num_queries, plan.block_m) * batch * heads,),
+        query, key, value, out, lse, sinks, *sequences.tensors,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch * heads, heads, heads // kv_heads, num_queries, num_keys,
-        _section(query, key, value), scale,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **_dims(query, value),
+        sequences.documents, window_size or 0,
+        _section(query, key, value), scale, softcap or 1.0,
+        HAS_SINKS=sinks is not None, **sequences.flags,
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
     return out, lse
@@ -75,72 +87,138 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
+    window_size: int | None,
+    softcap: float | None,
     need_dquery: bool,
     need_dkey_dvalue: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_dsinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_queries, heads, _ = query.shape
     num_keys, kv_heads, value_dim = value.shape[1:]
     group_size = heads // kv_heads
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
-    dims = _dims(query, value)
-    sizes = (num_queries, num_keys)
-    delta = torch.empty_like(lse)
-    plan = _plan("delta", query, value)
-    launch(
-        delta_kernel, (triton.cdiv(num_queries, plan.block_m) * batch * heads,),
-        out, dout, lse, lse if dlse is None else dlse.contiguous(), delta,
-        *dout.stride()[:3], heads, num_queries,
-        VALUE_DIM=value_dim, BLOCK_M=plan.block_m, BLOCK_V=dims["BLOCK_V"], ACC=dims["ACC"],
-        HAS_DLSE=dlse is not None, num_warps=plan.num_warps, num_stages=plan.num_stages,
-    )  # fmt: skip
+    delta = _delta(dout, dlse, out, lse, query)
 
-    dquery, dkey, dvalue = (x.new_empty(0) for x in (query, key, value))
+    sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+    dquery, dkey, dvalue, dsinks = (x.new_empty(0) for x in (query, key, value, lse))
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3])
+    sizes = (num_queries, num_keys, sequences.documents, window_size or 0)
+    options = {**sequences.flags, **_options(query, value, num_keys, window_size, softcap)}
     if need_dkey_dvalue:
-        dkey, dvalue = key.new_empty(key.shape), value.new_empty(value.shape)
+        # keys that are padding belong to no sequence, and nothing else writes theirs
+        new = torch.zeros if sequences.is_padded else torch.empty
+        dkey, dvalue = (new(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
         plan = _plan("dkdv", query, value)
         query_bytes = num_queries * group_size * (query.shape[-1] + value_dim) * query.itemsize
         launch(
-            dkdv_kernel, (triton.cdiv(num_keys, plan.block_n) * batch * kv_heads,),
-            query, key, value, dout, lse, delta, dkey, dvalue, *strides,
+            dkdv_kernel, (sequences.key_blocks(num_keys, plan.block_n) * batch * kv_heads,),
+            query, key, value, dout, lse, delta, dkey, dvalue, *sequences.tensors, *strides,
             batch * kv_heads, kv_heads, group_size, *sizes,
-            tuning.heads_per_section(batch * kv_heads, 1, query_bytes), scale,
-            BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **dims,
+            tuning.heads_per_section(batch * kv_heads, 1, query_bytes), scale, softcap or 1.0,
+            SKIPS_BLIND=sequences.is_divided or num_queries > num_keys,
+            BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
     if need_dquery:
         dquery = query.new_empty(query.shape)
         plan = _plan("dq", query, value)
         launch(
-            dq_kernel, (triton.cdiv(num_queries, plan.block_m) * batch * heads,),
-            query, key, value, dout, lse, delta, dquery, *strides,
+            dq_kernel, (sequences.query_blocks(num_queries, plan.block_m) * batch * heads,),
+            query, key, value, dout, lse, delta, dquery, *sequences.tensors, *strides,
             batch * heads, heads, group_size, *sizes,
-            _section(query, key, value), scale,
-            BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **dims,
+            _section(query, key, value), scale, softcap or 1.0,
+            BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
-    return dquery, dkey, dvalue
+    if need_dsinks and sinks is not None:
+        # of a key without value: its probability times -delta, for each query
+        dsinks = (sinks.to(lse.dtype)[:, None] - lse).exp_().mul_(delta).neg_()
+    return dquery, dkey, dvalue, dsinks
 
 
-def _plan(step: str, query: Tensor, value: Tensor) -> tuning.Plan:
+def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor) -> Tensor:
+    batch, num_queries, heads, value_dim = out.shape
+    delta = torch.empty_like(lse)
+    plan = _plan("delta", query, out)
+    launch(
+        delta_kernel, (triton.cdiv(num_queries, plan.block_m) * batch * heads,),
+        out, dout, lse, None if dlse is None else dlse.contiguous(), delta,
+        *dout.stride()[:3], heads, num_queries,
+        VALUE_DIM=value_dim, BLOCK_M=plan.block_m, BLOCK_V=_block(value_dim),
+        ACC=accumulator(query.dtype), HAS_DLSE=dlse is not None,
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+    return delta
+
+
+class _Sequences:
+    """How rows are divided: documents in one row, padding around one sequence, or neither."""
+
+    def __init__(
+        self,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        key_start: Tensor | None,
+        key_end: Tensor | None,
+    ) -> None:
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        self.tensors = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+        self.documents = 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        self.is_padded = key_start is not None or key_end is not None
+        self.is_divided = cu_seqlens_q is not None or key_start is not None
+        self.flags = {
+            "PACKED": cu_seqlens_q is not None,
+            "HAS_START": key_start is not None,
+            "HAS_END": key_end is not None,
+        }
+
+    def query_blocks(self, num_queries: int, size: int) -> int:
+        """Programs of a head, as ``place_queries`` counts them."""
+        return self.key_blocks(num_queries, size) + self.flags["HAS_START"]
+
+    def key_blocks(self, num_keys: int, size: int) -> int:
+        """The same of ``place_keys``."""
+        if self.flags["PACKED"]:
+            return num_keys // size + self.documents + 1
+        return triton.cdiv(num_keys, size)
+
+
+def _plan(step: str, query: Tensor, value: Tensor, has_window: bool = False) -> tuning.Plan:
     arch = device_of(query).arch
-    return tuning.plan(step, query.shape[-1], value.shape[-1], query.dtype, arch)
+    return tuning.plan(step, query.shape[-1], value.shape[-1], query.dtype, arch, has_window)
 
 
-def _dims(query: Tensor, value: Tensor) -> dict[str, Any]:
-    """The compile-time values that are not in the plan.  A product needs 16 columns or more."""
+def _options(
+    query: Tensor, value: Tensor, num_keys: int, window_size: int | None, softcap: float | None
+) -> dict[str, Any]:
+    """The compile-time values that are neither in the plan nor about sequences."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+        "HAS_WINDOW": window_size is not None and window_size < num_keys,
+        "HAS_SOFTCAP": softcap is not None,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "BLOCK_D": _block(head_dim),
+        "BLOCK_V": _block(value_dim),
         "ACC": accumulator(query.dtype),
     }
+
+
+def _block(dim: int) -> int:
+    """A product needs 16 columns or more."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _section(query: Tensor, key: Tensor, value: Tensor) -> int:

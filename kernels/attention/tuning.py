@@ -30,6 +30,11 @@ HOPPER: Rows = {
     "dkdv": ((64, Plan(64, 128, 8, 2)), (128, Plan(32, 128, 8, 2)), (256, Plan(16, 64, 8, 2))),
     "dq": ((64, Plan(128, 64, 8, 2)), (128, Plan(128, 64, 8, 2)), (256, Plan(128, 32, 8, 2))),
 }
+# with a window there is one loop more, and fewer registers are left
+HOPPER_WINDOW: Rows = {
+    **HOPPER,
+    "forward": ((64, Plan(64, 64, 4, 3)), HOPPER["forward"][1], (256, Plan(128, 32, 8, 3))),
+}
 # the others: 99 KiB is the least
 PORTABLE: Rows = {
     "forward": ((64, Plan(128, 64, 8, 2)), (128, Plan(128, 32, 8, 2)), (256, Plan(64, 32, 8, 1))),
@@ -67,7 +72,14 @@ _BY_ARCH = {
 }  # fmt: skip
 
 
-def plan(step: str, head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Plan:
+def plan(
+    step: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    arch: int,
+    has_window: bool = False,
+) -> Plan:
     """The row for ``step``: forward, delta, dkdv or dq.  An unknown arch takes its elder's."""
     is_ragged = head_dim * dtype.itemsize % 16 or value_dim * dtype.itemsize % 16
     if step == "delta":
@@ -80,6 +92,8 @@ def plan(step: str, head_dim: int, value_dim: int, dtype: torch.dtype, arch: int
         rows = RAGGED
     else:
         rows = _BY_ARCH[max(known for known in _BY_ARCH if known <= arch)]
+        if has_window and rows is HOPPER:
+            rows = HOPPER_WINDOW
     return next(row for limit, row in rows[step] if max(head_dim, value_dim) <= limit)
 
 

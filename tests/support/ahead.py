@@ -87,25 +87,38 @@ def _linear_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options: 
 
 def attention_launches(dtype: torch.dtype) -> None:
     for head_dim in (64, 128, 256):
-        _attention(128, 128, 4, 4, head_dim, head_dim, dtype, with_options=False)
+        _attention(128, 128, 4, 4, head_dim, head_dim, dtype)
         # grouped heads, another value_dim, lengths and strides that nothing divides
-        _attention(77, 133, 6, 2, head_dim - 3, head_dim - 5, dtype, with_options=True)
+        ragged = (77, 133, 6, 2, head_dim - 3, head_dim - 5, dtype)
+        _attention(*ragged, sequences="packed", window_size=50, softcap=20.0, with_rest=True)
     if dtype == torch.bfloat16:
+        for head_dim in (64, 128, 256):
+            regular = (128, 128, 8, 2, head_dim, head_dim, dtype)
+            _attention(*regular, sequences="packed")
+            _attention(*regular, window_size=50)
+            _attention(*regular, sequences="padded", window_size=50, softcap=20.0, with_rest=True)
         # what most models run: grouped heads, nothing padded; then what some do
         for head_dim, value_dim in ((64, 64), (128, 128), (96, 96), (192, 128)):
-            _attention(128, 128, 32, 8, head_dim, value_dim, dtype, with_options=False)
+            _attention(128, 128, 32, 8, head_dim, value_dim, dtype)
 
 
 def _attention(
     num_queries: int, num_keys: int, heads: int, kv_heads: int, head_dim: int, value_dim: int,
-    dtype: torch.dtype, *, with_options: bool,
+    dtype: torch.dtype, *, sequences: str = "", window_size: int | None = None,
+    softcap: float | None = None, with_rest: bool = False,
 ) -> None:  # fmt: skip
-    query = empty(2, num_queries, heads, head_dim, dtype=dtype)
-    key = empty(2, num_keys, kv_heads, head_dim, dtype=dtype)
-    value = empty(2, num_keys, kv_heads, value_dim, dtype=dtype)
-    out, lse = attention.forward(query, key, value, 0.125)
-    dlse = lse if with_options else None
-    attention.backward(out, dlse, query, key, value, out, lse, 0.125, True, True)
+    batch = 1 if sequences == "packed" else 2
+    query = empty(batch, num_queries, heads, head_dim, dtype=dtype)
+    key = empty(batch, num_keys, kv_heads, head_dim, dtype=dtype)
+    value = empty(batch, num_keys, kv_heads, value_dim, dtype=dtype)
+    sinks = empty(heads, dtype=torch.float32) if with_rest else None
+    bounds = empty(5, dtype=torch.int32) if sequences == "packed" else None
+    padding = empty(2, dtype=torch.int32) if sequences == "padded" else None
+    divided = (bounds, bounds, padding, padding)
+    inputs, options = (query, key, value, sinks, *divided), (0.125, window_size, softcap)
+    out, lse = attention.forward(*inputs, *options)
+    dlse = lse if with_rest else None
+    attention.backward(out, dlse, *inputs, out, lse, *options, True, True, with_rest)
 
 
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
@@ -120,12 +133,19 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
 MOST_STACK = {"attention": 32, "cross_entropy": 0, "linear_cross_entropy": 64}
 
 
+# The same for attention with a window, whose third loop takes registers.
+MOST_STACK_WITH_WINDOW = 128
+
+
 def most_stack(binary: dict[str, Any]) -> int:
-    """Bytes this binary may spill: on sm_80 and sm_90 none in a narrow dtype without a bias.
+    """Bytes this binary may spill: on sm_80 and sm_90 none in a narrow dtype without options.
 
     The other architectures borrow the rows of these two.
     """
-    has_options = binary["dtype"] == "float32" or binary["constants"].get("HAS_BIAS") == "True"
+    on = {name for name, value in binary["constants"].items() if value == "True"}
+    if "HAS_WINDOW" in on:
+        return MOST_STACK_WITH_WINDOW
+    has_options = binary["dtype"] == "float32" or "HAS_BIAS" in on
     is_usual = binary["arch"] in (80, 90) and not has_options
     return 0 if is_usual else MOST_STACK[binary["op"]]
 

@@ -1,40 +1,66 @@
-"""Causal attention by torch's own flash attention, on CPU and CUDA.
+"""Causal attention by torch's own kernels, or by its operators, block by block.
 
-Its operators are called directly because ``scaled_dot_product_attention`` drops the lse.
+torch fuses causal attention without options.  Windows, documents and padding cut it into blocks of
+queries with the keys they see, which the CPU's kernel fuses one by one.  What no kernel takes, a
+softcap anywhere and most options on CUDA, is written out a block at a time.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# of the four only this one has a binding, which is faster to call
-_flash_cpu = torch._scaled_dot_product_flash_attention_for_cpu
-_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention.default
-_flash_cuda_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+from fastlm.ops.eager._flash import finish, flash, flash_backward, ready, width_of
+from fastlm.ops.eager._written import attend, attend_backward
+from fastlm.ops.reference._key_ranges import key_ranges, read_boundaries, read_padding
+
+# Queries of a block that is fused with a mask; scores of a block that is written out.
+_FUSED_QUERIES = 128
+_WRITTEN_SCORES = 1 << 19
+
+Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, num_queries, heads, _ = query.shape
-    num_keys, kv_heads, value_dim = value.shape[1:]
-    blind = max(0, num_queries - num_keys)
-    if batch == 0 or num_queries == blind:
-        return _nothing_seen(query, value)
-    if blind:
-        out, lse = _nothing_seen(query, value)
-        out[:, blind:], lse[..., blind:] = forward(query[:, blind:], key, value, scale)
-        return out, lse
-    if num_queries == 1 and heads > kv_heads and not query.is_cuda:
-        # query heads that share keys become queries of one head, and read each key once
-        group = query[:, 0].unflatten(1, (kv_heads, -1)).transpose(1, 2)
-        out, lse = _flash(group, key, value, scale, masked=False)
-        out = out.transpose(1, 2).reshape(batch, 1, heads, value_dim)
-        return out, lse.reshape(batch, heads, 1)
-    out, lse = _flash(query, key, value, scale, masked=num_queries > 1)
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+    value_dim = value.shape[-1]
+    width = width_of(query.shape[-1], value_dim, query)
+    fused = _is_fused(query, width, sequences, scale, window_size, softcap)
+    blocks = _blocks(query, key, sequences, window_size, fused)
+    q, k, v = (_heads(x, width, fused) for x in (query, key, value))
+    if len(blocks) == 1 and blocks[0].covers(query, key):
+        out, lse = _attend(blocks[0], q, k, v, scale, softcap, fused)
+        out, lse = finish(out, query, value_dim), lse.contiguous()
+    else:
+        batch, num_queries, heads, _ = query.shape
+        out = query.new_zeros((batch, num_queries, heads, value_dim))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_full((batch, heads, num_queries), -torch.inf, dtype=dtype)
+        for block in blocks:
+            inputs = (q[block.queries], k[block.keys], v[block.keys])
+            part, lse[block.queries] = _attend(block, *inputs, scale, softcap, fused)
+            out.transpose(1, 2)[block.queries] = part[..., :value_dim]
+    if sinks is not None:
+        # one more key, without a value
+        sink = sinks.to(lse.dtype)[:, None]
+        out = (out * (lse - sink).sigmoid().transpose(1, 2)[..., None]).to(out.dtype)
+        lse = torch.logaddexp(lse, sink)
     return out, lse
 
 
@@ -44,171 +70,257 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
+    window_size: int | None,
+    softcap: float | None,
     need_dquery: bool,
     need_dkey_dvalue: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_dsinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One operator gives all three gradients, so leaving one out would save no time."""
-    num_queries, head_dim = query.shape[1], query.shape[3]
-    num_keys, value_dim = value.shape[1], value.shape[3]
-    blind = max(0, num_queries - num_keys)
-    if query.shape[0] == 0 or num_queries == blind:
-        dquery, dkey, dvalue = (x.new_zeros(x.shape) for x in (query, key, value))
-    elif blind:
-        dlse = None if dlse is None else dlse[..., blind:]
-        seeing, dkey, dvalue = backward(
-            dout[:, blind:], dlse, query[:, blind:], key, value, out[:, blind:], lse[..., blind:],
-            scale, True, need_dkey_dvalue,
-        )  # fmt: skip
-        dquery = F.pad(seeing, (0, 0, 0, 0, blind, 0))
-    else:
-        width = _width(head_dim, value_dim + (dlse is not None), query)
-        q, k, v, do, o = (_ready(x, width) for x in (query, key, value, dout, out))
-        if dlse is not None:
-            # a value column of ones adds dlse to each dout value^T, which is what the lse asks for;
-            # in out that column is zero, so the row sums of dout out stay as they were
-            v[..., value_dim] = 1.0
-            do[..., value_dim] = dlse.to(do.dtype)
-        grads = _flash_backward(do, q, k, v, o, lse, scale, masked=num_queries > 1)
-        dquery, dkey, dvalue = (
-            _finish(grad, like) for grad, like in zip(grads, (query, key, value), strict=True)
-        )
-    empty = query.new_empty(0)
-    return (
-        dquery if need_dquery else empty,
-        dkey if need_dkey_dvalue else empty.clone(),
-        dvalue if need_dkey_dvalue else empty.clone(),
-    )
-
-
-def _nothing_seen(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    batch, num_queries, heads, _ = query.shape
-    out = query.new_zeros((batch, num_queries, heads, value.shape[-1]))
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return out, query.new_full((batch, heads, num_queries), -torch.inf, dtype=dtype)
-
-
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, masked: bool
-) -> tuple[Tensor, Tensor]:
+    sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
     value_dim = value.shape[-1]
-    width = _width(query.shape[-1], value_dim, query)
-    q, k, v = _ready(query, width), _ready(key, width), _ready(value, width)
-    if query.is_cuda:
-        out, lse = _flash_cuda(q, k, v, 0.0, masked, False, scale=scale)[:2]
+    width = width_of(query.shape[-1], value_dim + (dlse is not None), query)
+    fused = _is_fused(query, width, sequences, scale, window_size, softcap)
+    blocks = _blocks(query, key, sequences, window_size, fused)
+    q, k, v, do, o = (_heads(x, width, fused) for x in (query, key, value, dout, out))
+    if dlse is not None and fused:
+        # a value column of ones adds dlse to each dout value^T, which is what the lse asks for;
+        # in out that column is zero, so the row sums of dout out stay as they were
+        v[..., value_dim] = 1.0
+        do[..., value_dim] = dlse.masked_fill(lse == -torch.inf, 0.0).to(do.dtype)
+
+    def of_block(block: _Block) -> tuple[Tensor, Tensor, Tensor]:
+        at, seen = block.queries, block.keys
+        tensors = (do[at], None if dlse is None else dlse[at], q[at], k[seen], v[seen], o[at])
+        return _attend_backward(block, *tensors, lse[at], scale, softcap, fused)
+
+    if len(blocks) == 1 and blocks[0].covers(query, key):
+        grads = of_block(blocks[0])
     else:
-        square = q.shape[2] == k.shape[2]
-        mask = _mask(q, k) if masked and not square else None
-        out, lse = _flash_cpu(q, k, v, 0.0, masked and square, attn_mask=mask, scale=scale)
-    return _finish(out, query, value_dim), lse.contiguous()
+        grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        for block in blocks:
+            dq, dk, dv = of_block(block)
+            grads[0][block.queries] = dq
+            grads[1][block.keys] += dk
+            grads[2][block.keys] += dv
+    empty = query.new_empty(0)
+    dquery = finish(grads[0], query) if need_dquery else empty
+    dkey = finish(grads[1], key) if need_dkey_dvalue else empty.clone()
+    dvalue = finish(grads[2], value) if need_dkey_dvalue else empty.clone()
+    dsinks = lse.new_empty(0)
+    if need_dsinks and sinks is not None:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+        if dlse is not None:
+            delta = delta - dlse
+        dsinks = (sinks.to(lse.dtype)[:, None] - lse).exp_().mul_(delta).neg_()
+    return dquery, dkey, dvalue, dsinks
 
 
-def _flash_backward(
+def _is_fused(
+    query: Tensor,
+    width: int,
+    sequences: Sequences,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> bool:
+    """Whether torch has a kernel for it."""
+    if softcap is not None:
+        return False
+    if not query.is_cuda:
+        return query.is_cpu
+    has_options = window_size is not None or any(x is not None for x in sequences)
+    # it masks scores before it scales them, so the sign and zero matter
+    usual_scale = scale >= torch.finfo(torch.float32).tiny
+    return query.itemsize == 2 and usual_scale and width <= 256 and not has_options
+
+
+def _heads(x: Tensor, width: int, fused: bool) -> Tensor:
+    """``(B, heads, T, dim)``, as what computes with it wants it."""
+    if fused:
+        return ready(x, width)
+    return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+
+
+def _attend(
+    block: _Block,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    if fused:
+        return flash(q, k, v, scale, causal=block.causal, seen=block.seen)
+    return attend(q, k, v, scale, softcap, block.seen)
+
+
+def _attend_backward(
+    block: _Block,
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
     scale: float,
-    masked: bool,
+    softcap: float | None,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.is_cuda:
-        # of the lse this operator reads no strides
-        no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
-        return _flash_cuda_backward(
-            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, masked,
-            no_seed, no_seed, scale=scale,
-        )  # fmt: skip
-    square = q.shape[2] == k.shape[2]
-    mask = _mask(q, k) if masked and not square else None
-    return _flash_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, masked and square, attn_mask=mask, scale=scale
-    )
+    if fused:
+        return flash_backward(dout, q, k, v, out, lse, scale, causal=block.causal, seen=block.seen)
+    return attend_backward(dout, dlse, q, k, v, out, lse, scale, softcap, block.seen)
 
 
-def _mask(q: Tensor, k: Tensor) -> Tensor:
-    """``(T, S)`` to add to scores.  CUDA's operator aligns the ends itself, the CPU's does not."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    mask = q.new_full((num_queries, num_keys), -torch.inf)
-    return mask.triu_(num_keys - num_queries + 1)
+# ---- blocks
 
 
-def _width(head_dim: int, value_dim: int, query: Tensor) -> int:
-    """torch wants one head_dim for all, on CUDA a multiple of 8."""
-    width = max(head_dim, value_dim)
-    return -(-width // 8) * 8 if query.is_cuda else width
+@dataclass(frozen=True)
+class _Block:
+    """Queries, and the keys that at least one of them sees.
 
+    Attributes:
+        queries: Where they are in ``(B, heads, T, ...)``.
+        keys: Where they are in ``(B, heads, S, ...)``.
+        causal: Each query sees the keys up to its own end; otherwise all, or those of ``seen``.
+        seen: Bool, broadcasts to ``(B, 1, T, S)`` of the block.
+    """
 
-def _ready(x: Tensor, width: int) -> Tensor:
-    """``(B, T, H, D)`` to ``(B, H, T, width)``: a view, unless torch takes no such view."""
-    if x.itemsize == 2 and not x.is_cuda:
-        x = x.to(_cpu_dtype(x.dtype))
-    if x.shape[-1] != width:
-        x = F.pad(x, (0, width - x.shape[-1]))
-    elif x.stride(3) != 1:
-        x = x.contiguous()
-    return x.transpose(1, 2)
+    queries: tuple[slice, slice, slice]
+    keys: tuple[slice, slice, slice]
+    causal: bool = False
+    seen: Tensor | None = None
 
-
-def _finish(x: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
-    """``(B, H, T, width)`` to contiguous ``(B, T, H, D)`` in the dtype of ``like``."""
-    x, dim = x.transpose(1, 2), dim or like.shape[-1]
-    if x.shape[-1] != dim:
-        x = x[..., :dim]
-    if x.dtype != like.dtype:
-        x = x.to(like.dtype)
-    return x.contiguous()
-
-
-@functools.cache
-def _cpu_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the CPU multiplies a 16-bit ``dtype`` in: without instructions for it, torch crawls."""
-    mkldnn = torch.ops.mkldnn
-    bf16 = dtype == torch.bfloat16
-    native = mkldnn._is_mkldnn_bf16_supported if bf16 else mkldnn._is_mkldnn_fp16_supported
-    return dtype if native() else torch.float32
-
-
-def _refuses(query: Tensor, scale: float) -> str | None:
-    if query.is_cpu:
-        return None
-    if query.is_cuda and query.itemsize != 2:
-        name = str(query.dtype).removeprefix("torch.")
-        return f"torch's flash attention on CUDA takes bfloat16 and float16, not {name}"
-    if query.is_cuda and scale < torch.finfo(torch.float32).tiny:
-        return (
-            "torch's flash attention on CUDA masks scores before it scales them: "
-            f"scale must be a normal float32 above 0, not {scale}"
+    def covers(self, query: Tensor, key: Tensor) -> bool:
+        return all(
+            at[0] == slice(0, x.shape[0]) and at[2] == slice(0, x.shape[1])
+            for at, x in ((self.queries, query), (self.keys, key))
         )
-    if not query.is_cuda:
-        return f"torch's flash attention has no operator with lse on {query.device.type}"
+
+
+def _blocks(
+    query: Tensor, key: Tensor, sequences: Sequences, window_size: int | None, fused: bool
+) -> list[_Block]:
+    if any(x is not None for x in sequences) and not query.is_cpu:
+        return list(_unread_blocks(query, key, sequences, window_size))
+    masks: dict[tuple[int, ...], Tensor] = {}
+    return [
+        block
+        for sequence in _sequences(query, key, sequences)
+        for block in _blocks_of(sequence, query, window_size, fused, masks)
+    ]
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Some rows of the batch, and in them the queries and keys that belong together.
+
+    Its query t sees the keys s <= t + offset.
+    """
+
+    rows: slice
+    first_query: int
+    num_queries: int
+    first_key: int
+    num_keys: int
+    offset: int
+
+    def block(self, start: int, stop: int, low: int, high: int, **mask: bool | Tensor) -> _Block:
+        every = slice(None)
+        queries = slice(self.first_query + start, self.first_query + stop)
+        keys = slice(self.first_key + low, self.first_key + high)
+        return _Block((self.rows, every, queries), (self.rows, every, keys), **mask)
+
+
+def _sequences(query: Tensor, key: Tensor, sequences: Sequences) -> Iterator[_Sequence]:
+    """Read on the host, where it has them."""
+    cu_seqlens_q, cu_seqlens_k, key_start, key_end = sequences
+    batch, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
+    if cu_seqlens_q is not None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        q_bounds = read_boundaries("cu_seqlens_q", cu_seqlens_q, num_queries)
+        k_bounds = read_boundaries("cu_seqlens_k", cu_seqlens_k, num_keys)
+        for (q, q_end), (k, k_end) in zip(
+            itertools.pairwise(q_bounds), itertools.pairwise(k_bounds), strict=True
+        ):
+            offset = k_end - k - (q_end - q)
+            yield _Sequence(slice(0, 1), q, q_end - q, k, k_end - k, offset)
+        return
+    row = 0
+    padding = read_padding(key_start, key_end, batch, num_keys)
+    for (start, end), alike in itertools.groupby(padding):
+        rows = slice(row, row + len(list(alike)))
+        offset = num_keys - num_queries - start
+        yield _Sequence(rows, 0, num_queries, start, end - start, offset)
+        row = rows.stop
+
+
+def _blocks_of(
+    sequence: _Sequence,
+    query: Tensor,
+    window_size: int | None,
+    fused: bool,
+    masks: dict[tuple[int, ...], Tensor],
+) -> Iterator[_Block]:
+    num_queries, num_keys, offset = sequence.num_queries, sequence.num_keys, sequence.offset
+    first = max(0, -offset)  # the queries before it see no key
+    if first >= num_queries or num_keys == 0:
+        return
+    if window_size is None or window_size >= num_queries + offset:
+        window_size = num_queries + offset
+        aligned = offset + num_queries == num_keys
+        if fused and aligned and (query.is_cuda or num_queries - first in (1, num_keys)):
+            causal = num_queries - first > 1
+            yield sequence.block(first, num_queries, 0, num_keys, causal=causal)
+            return
+    # the queries after it see no key any more
+    num_queries = min(num_queries, num_keys - 1 + window_size - offset)
+    step = _FUSED_QUERIES
+    if not fused:
+        rows = len(range(query.shape[0])[sequence.rows]) * query.shape[2]
+        step = max(16, _WRITTEN_SCORES // (rows * min(num_keys, window_size)))
+    for start in range(first, num_queries, step):
+        stop = min(start + step, num_queries)
+        low, high = max(0, start + offset + 1 - window_size), min(stop + offset, num_keys)
+        diagonal = start + offset - low
+        if diagonal >= high - low - 1 and stop + offset - window_size <= low:
+            yield sequence.block(start, stop, low, high)
+            continue
+        shape = (stop - start, high - low, diagonal, window_size)
+        if shape not in masks:
+            seen = torch.ones(shape[:2], dtype=torch.bool, device=query.device)
+            masks[shape] = seen.tril_(diagonal).triu_(diagonal + 1 - window_size)
+        yield sequence.block(start, stop, low, high, seen=masks[shape])
+
+
+def _unread_blocks(
+    query: Tensor, key: Tensor, sequences: Sequences, window_size: int | None
+) -> Iterator[_Block]:
+    """With all keys, where the host does not know which of them are seen."""
+    (batch, num_queries, heads, _), num_keys = query.shape, key.shape[1]
+    first, end = key_ranges(num_queries, num_keys, *sequences, window_size, query.device)
+    keys = torch.arange(num_keys, device=query.device)
+    step = max(16, _WRITTEN_SCORES // max(1, batch * heads * num_keys))
+    whole = _Sequence(slice(0, batch), 0, num_queries, 0, num_keys, 0)
+    for start in range(0, num_queries, step):
+        stop = min(start + step, num_queries)
+        low, high = first[:, start:stop, None], end[:, start:stop, None]
+        seen = ((keys >= low) & (keys < high))[:, None]
+        yield whole.block(start, stop, 0, num_keys, seen=seen)
+
+
+def forward_refuses(*args: object) -> None:
     return None
 
 
-def forward_refuses(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | None:
-    return _refuses(query, scale)
-
-
-def backward_refuses(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    need_dquery: bool,
-    need_dkey_dvalue: bool,
-) -> str | None:
-    if query.is_cuda and dlse is not None:
-        width = _width(query.shape[-1], value.shape[-1] + 1, query)
-        if width > 256:
-            return (
-                "torch's flash attention on CUDA ends at a head_dim of 256, and the gradient of "
-                f"lse takes a column beside value's {value.shape[-1]}"
-            )
-    return _refuses(query, scale)
+backward_refuses = forward_refuses
