@@ -326,10 +326,10 @@ def extra_peak_mib(call: Callable[[], object], device: str) -> float | None:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         result = call()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20 - _size_mib(result)
+        return (torch.cuda.max_memory_allocated() - held) / 2**20 - _size_mib(result)
     counter = Path("/proc/self/clear_refs")
     if not counter.exists():
         return None
