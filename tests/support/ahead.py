@@ -23,7 +23,7 @@ import torch
 from support.lint import float_atomics, narrow_products
 from torch import Tensor
 
-from fastlm.kernels import _ahead, attention, cross_entropy, linear_cross_entropy
+from fastlm.kernels import _ahead, attention, cross_entropy, linear_cross_entropy, linear_top_k
 from fastlm.kernels._launch import Launch, recorded
 from fastlm.kernels._runtime import pretend
 
@@ -85,6 +85,15 @@ def _linear_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options: 
     linear_cross_entropy.backward(*upstream, *arguments, lse, entropy, *options, True, True, True)
 
 
+def linear_top_k_launches(dtype: torch.dtype) -> None:
+    for vocab_size in (512, 50_304, 128_256):
+        matrix = empty(vocab_size, 64, dtype=dtype)
+        linear_top_k.forward(empty(8, 64, dtype=dtype), matrix, None, 64, None, 1.0)
+        inputs, matrix = empty(5, 63, dtype=dtype), empty(vocab_size - 3, 63, dtype=dtype)
+        bias = empty(vocab_size - 3, dtype=dtype)
+        linear_top_k.forward(inputs, matrix, bias, 5, 30.0, -0.5)
+
+
 def attention_launches(dtype: torch.dtype) -> None:
     for head_dim in (64, 128, 256):
         _attention(128, 128, 4, 4, head_dim, head_dim, dtype, with_options=False)
@@ -112,12 +121,13 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     "attention": attention_launches,
     "cross_entropy": cross_entropy_launches,
     "linear_cross_entropy": linear_cross_entropy_launches,
+    "linear_top_k": linear_top_k_launches,
 }
 
 
 # Bytes per thread that registers spill at most under Triton 3.6 and 3.7, rounded up to a power of
 # two, in float32, with all options on, or on an architecture that borrows its rows.
-MOST_STACK = {"attention": 32, "cross_entropy": 0, "linear_cross_entropy": 64}
+MOST_STACK = {"attention": 32, "cross_entropy": 0, "linear_cross_entropy": 64, "linear_top_k": 0}
 
 
 def most_stack(binary: dict[str, Any]) -> int:
