@@ -92,7 +92,13 @@ def named(call: Call) -> str:
     return "-".join(f"{name}={value}" for name, value in call.items() if value is not None)
 
 
-LOGITS_CALLS, LAYER_CALLS = covering(SHARED), covering(LAYER)
+# and all of them at once, with the one reduction that divides by two different counts
+AT_ONCE = [
+    {**{name: values[-1] for name, values in LAYER.items()}, "dtype": torch.float32,
+     "reduction": "mean", "num_items": None, "needs": "everything", "backend": backend}
+    for backend in LAYER["backend"]
+]  # fmt: skip
+LOGITS_CALLS, LAYER_CALLS = covering(SHARED), [*covering(LAYER), *AT_ONCE]
 
 
 @pytest.mark.parametrize("options, calls", [(SHARED, LOGITS_CALLS), (LAYER, LAYER_CALLS)])
@@ -217,6 +223,9 @@ def test_layer(call, device):
     if call["autocast"]:
         # the products of autocast are in bfloat16 on a GPU, whatever the parameters are
         plain_gradients = [gradient.bfloat16() for gradient in plain_gradients]
+        # and yet a float32 parameter's gradient is not rounded to bfloat16 at last
+        wide = [gradient for gradient in gradients if gradient.dtype == torch.float32]
+        assert all((gradient.bfloat16() != gradient).any() for gradient in wide)
     testing.assert_all_as_accurate(
         named(call), gradients, plain=plain_gradients, truth=true_gradients
     )
