@@ -112,6 +112,17 @@ def test_a_row_without_a_distribution_is_nan_and_names_classes(k, values, backen
     assert top.indices.sort(-1).values.diff(dim=-1).gt(0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_a_softcap_makes_infinities_finite(scale, backend, device):
+    x, weight, bias = layer(2, 4, 12, device=device)
+    bias[3], bias[5] = torch.inf, -torch.inf
+    with forced(block_v=4):
+        top = judge(x, weight, bias, 3, backend=backend, softcap=2.0, logit_scale=scale)
+    assert top.logprobs.isfinite().all()
+    assert top.indices[:, 0].eq(3 if scale > 0 else 5).all()
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_a_row_that_is_nan_leaves_the_others_alone(backend, device):
     x, weight, bias = layer(3, 4, 40, device=device)
