@@ -27,7 +27,7 @@ from fastlm.testing import cross_entropy_inputs
 
 OP = "linear_cross_entropy"
 FAST = ["triton", "torch"]
-ROWS, CHUNK, WIDTH, VOCAB_SIZE = 8, 2, 2, 512
+ROWS, CHUNK, WIDTH, VOCAB_SIZE = 6, 2, 2, 256
 LOSS = {name: value for name, value in OPTIONS.items() if name not in ("weight", "reduction")}
 REDUCTIONS = ["mean", "none"]
 
@@ -70,7 +70,7 @@ def nothing_above_a_chunk(op: str, backend: str) -> Iterator[None]:
             if hasattr(implementation, step):
                 wrapped = watched(getattr(implementation, step))
                 stack.enter_context(mock.patch.object(implementation, step, wrapped))
-        stack.enter_context(forced(rows=CHUNK))
+        stack.enter_context(forced(rows=CHUNK, block_v=VOCAB_SIZE))
         if hasattr(implementation, "rows_per_chunk"):
             patch = mock.patch.object(implementation, "rows_per_chunk", lambda *shapes: CHUNK)
             stack.enter_context(patch)
@@ -136,7 +136,7 @@ def test_the_most_likely_come_without_the_logits(device):
 
 def test_logits_would_be_seen(device):
     arguments = layer(device)
-    refused = pytest.raises(AssertionError, match=r"gives \(8, 512\)")
+    refused = pytest.raises(AssertionError, match=r"gives \(6, 256\)")
     with nothing_above_a_chunk(OP, "reference"), refused:
         loss_with_all_options(*arguments, backend="reference")
 
@@ -156,12 +156,12 @@ def test_what_is_frozen_gets_no_product_and_no_memory(frozen, reduction, backend
             gradients = every_gradient(outputs, [x for x in leaves if x.requires_grad])
         return list(gradients), products.call_count
 
-    everything, all_products = run(forced(rows=CHUNK), True, True, True)
+    everything, all_products = run(forced(rows=CHUNK, block_v=VOCAB_SIZE), True, True, True)
     if frozen == "layer":
         gradients, products = run(nothing_above_a_chunk(OP, backend), True, False, False)
         expected = everything[:1]
     else:
-        gradients, products = run(forced(rows=CHUNK), False, True, True)
+        gradients, products = run(forced(rows=CHUNK, block_v=VOCAB_SIZE), False, True, True)
         expected = everything[1:]
     assert 2 * products == all_products > 0
     for got, want in zip(gradients, expected, strict=True):

@@ -311,7 +311,7 @@ def check_one(name: str, data: st.DataObject, device: str) -> None:
 
 @pytest.mark.parametrize("name", PROPERTIES)
 @given(data=st.data())
-@settings(max_examples=15, derandomize=True, **FUZZ)
+@settings(max_examples=12, derandomize=True, **FUZZ)
 def test_property(name, data, device):
     check_one(name, data, device)
 
