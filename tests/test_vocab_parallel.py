@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # once, and not in every child
 import torch.distributed as dist
+from support.host_sync import no_host_sync
 from support.interpreter import interpreted_only
 from support.linear_cross_entropy import NO_OPTIONS, NothingLarge, forced, inputs
-from support.losses import OPTIONS, flattened, linear_definition, weights
+from support.losses import OPTIONS, flattened
 from support.ranks import Ranks
+from support.vocab_parallel import by_group, judge, part, whole_dtensor
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
 import fastlm
 from fastlm import testing
+from fastlm.kernels._launch import recorded
 from fastlm.kernels._shards import combine
 from fastlm.ops import _shards
 from fastlm.ops import linear_cross_entropy as op
@@ -44,70 +48,6 @@ def three() -> Iterator[Ranks]:
     ranks.close()
 
 
-def part(num_classes: int) -> slice:
-    """The classes of this rank."""
-    largest = -(-num_classes // dist.get_world_size())
-    return slice(dist.get_rank() * largest, (dist.get_rank() + 1) * largest)
-
-
-def by_group(
-    x: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
-) -> tuple[Tensor, ...]:
-    return flattened(
-        fastlm.linear_cross_entropy(
-            x, matrix, targets, linear_bias=bias, process_group=dist.group.WORLD, **options
-        )
-    )
-
-
-def distributed(shard: Tensor, num_classes: int) -> DTensor:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shape = torch.Size((num_classes, *shard.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-
-
-def judge(
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    *,
-    as_dtensor: bool = False,
-    has_bias: bool = True,
-) -> None:
-    """Loss, statistics and gradients by the tolerance rule; whole, torch's are truth and plain."""
-    x, matrix, bias, targets = inputs(*shape, dtype)
-    num_classes = shape[2]
-    here = part(num_classes)
-    given = dict(options)
-    if "weight" in options:
-        given["weight"] = weights(num_classes, "cpu")
-
-    def call(x: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
-        if not as_dtensor:
-            return by_group(x, matrix, bias, targets, **given)
-        vector = None if bias is None else distributed(bias, num_classes)
-        return flattened(
-            fastlm.linear_cross_entropy(
-                x, distributed(matrix, num_classes), targets, linear_bias=vector, **given
-            )
-        )
-
-    layer = (matrix, bias if has_bias else None)
-    shard = (matrix[here], bias[here] if has_bias else None)
-    actual = testing.run(call, x, *shard, targets)
-    by_torch = {key: value for key, value in options.items() if key != "backend"}
-    wide = torch.promote_types(dtype, torch.float32)
-    plain, truth = (
-        testing.run(linear_definition, x, *layer, targets, dtype=precision, **by_torch)
-        for precision in (wide, torch.float64)
-    )
-    first = len(actual) - 1 - has_bias
-    for results in (plain, truth):
-        results[first:] = [None if g is None else g[here] for g in results[first:]]
-    testing.assert_all_as_accurate("sharded", actual, plain=plain, truth=truth)
-
-
 # everything at once, but for the reduction
 TOGETHER = {name: value for name, value in OPTIONS.items() if name != "reduction"}
 PER_POSITION = {**TOGETHER, "reduction": "none"}
@@ -115,18 +55,15 @@ ALONE = [{}, *({name: value} for name, value in OPTIONS.items()), {"reduction": 
 
 
 def judge_each(
-    cases: list[dict[str, Any]],
-    backend: str,
-    num_classes: int,
-    dtype: torch.dtype = torch.float32,
-    as_dtensor: bool = False,
+    cases: list[dict[str, Any]], backend: str, num_classes: int, as_dtensor: bool = False
 ) -> None:
     """Two chunks of rows, three blocks of classes; a bias where there are other options."""
     with forced(rows=2, block_v=16):
         for options in cases:
-            given = {**options, "backend": backend}
-            has_bias = len(options) > 1
-            judge((4, 6, num_classes), dtype, given, as_dtensor=as_dtensor, has_bias=has_bias)
+            judge(
+                (4, 6, num_classes), torch.float64, {**options, "backend": backend},
+                as_dtensor=as_dtensor, has_bias=len(options) > 1,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -137,14 +74,19 @@ def test_two_halves_are_the_whole(backend, two):
 @pytest.mark.parametrize("num_classes", [74, 4], ids=["uneven", "one of none"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_parts_of_a_dtensor_are_the_whole(backend, num_classes, three):
-    cases = [{}, TOGETHER, PER_POSITION]
-    three.run(judge_each, cases, backend, num_classes, torch.float32, True)
+    three.run(judge_each, [{}, TOGETHER, PER_POSITION], backend, num_classes, True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted_only)])
-def test_other_dtypes_are_as_accurate(backend, dtype, two):
-    two.run(judge_each, [PER_POSITION], backend, 150, dtype)
+def test_is_as_accurate_as_torch(backend, dtype, two):
+    two.run(judge, (16, 16, 150), dtype, {**PER_POSITION, "backend": backend})
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted_only)])
+def test_rounding_at_the_targets_does_not_add_up(backend, two):
+    options = {"reduction": "sum", "backend": backend}
+    two.run(functools.partial(judge, scale=0.125), (32, 8, 150), torch.bfloat16, options)
 
 
 def judge_likely(backend: str, ahead: float) -> None:
@@ -175,8 +117,8 @@ def test_the_loss_of_a_likely_target_is_not_rounded_away(backend, two):
 
 def same_as_alone(backend: str, options: dict[str, Any]) -> None:
     """What needs more than a definition by torch: the call on one process has it right."""
-    x, matrix, bias, targets = inputs(12, 6, 20, torch.float64)
-    x, targets, here = x.view(3, 4, 6), targets.view(3, 4), part(20)
+    x, matrix, bias, targets = inputs(6, 6, 20, torch.float64)
+    x, targets, here = x.view(2, 3, 6), targets.view(2, 3), part(20)
     ignored = options.get("ignore_index", -100)
     targets[targets == -100] = ignored
 
@@ -297,6 +239,22 @@ def test_communicates_a_few_floats_per_row_and_the_gradient_of_the_input(backend
     two.run(counts_collectives, backend)
 
 
+def asks_nothing_of_the_host() -> None:
+    x, matrix, bias, targets = inputs(9, 5, 40, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, matrix[part(40)].clone(), bias[part(40)].clone())]
+    with pytest.MonkeyPatch.context() as patch, recorded(run=False), no_host_sync():
+        patch.setattr(_shards, "_check_agreement", lambda *args: None)
+        for options in (TOGETHER, PER_POSITION):
+            given = {**options, "weight": torch.ones(40), "backend": "triton"}
+            outputs = by_group(*leaves, targets, **given)
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
+
+@interpreted_only
+def test_asks_nothing_of_the_host(two):
+    two.run(asks_nothing_of_the_host)
+
+
 def holds_no_logits(backend: str) -> None:
     x, matrix, bias, targets = inputs(8, 2, 512)
     module = importlib.import_module(op.BACKENDS[backend])
@@ -340,10 +298,6 @@ def compiles() -> None:
 
 def test_compiles_without_a_graph_break(two):
     two.run(compiles)
-
-
-def whole_dtensor(tensor: Tensor) -> DTensor:
-    return distributed(tensor[part(len(tensor))], len(tensor))
 
 
 def local(tensor: Tensor) -> Tensor:
