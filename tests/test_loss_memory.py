@@ -70,10 +70,9 @@ def nothing_above_a_chunk(op: str, backend: str) -> Iterator[None]:
             if hasattr(implementation, step):
                 wrapped = watched(getattr(implementation, step))
                 stack.enter_context(mock.patch.object(implementation, step, wrapped))
-        stack.enter_context(forced(rows=CHUNK, block_v=VOCAB_SIZE))
-        if hasattr(implementation, "rows_per_chunk"):
-            patch = mock.patch.object(implementation, "rows_per_chunk", lambda *shapes: CHUNK)
-            stack.enter_context(patch)
+        stack.enter_context(forced(block_v=VOCAB_SIZE))
+        for limits in ("_CPU_LIMITS", "_GPU_LIMITS"):
+            stack.enter_context(mock.patch.object(_chunks, limits, (1, CHUNK, CHUNK)))
         stack.enter_context(NothingAboveAChunk())
         yield
 
@@ -126,11 +125,12 @@ def test_log_probabilities_come_without_the_logits(backend, device):
         every_gradient((logprobs,), leaves)
 
 
-def test_the_most_likely_come_without_the_logits(device):
+@pytest.mark.parametrize("backend", FAST)
+def test_the_most_likely_come_without_the_logits(backend, device):
     x, matrix, bias, _ = layer(device)
-    with nothing_above_a_chunk("linear_top_k", "torch"):
+    with nothing_above_a_chunk("linear_top_k", backend):
         fastlm.linear_top_k(
-            x, matrix, 3, linear_bias=bias, softcap=3.0, logit_scale=0.5, backend="torch"
+            x, matrix, 3, linear_bias=bias, softcap=3.0, logit_scale=0.5, backend=backend
         )
 
 
