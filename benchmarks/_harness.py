@@ -31,7 +31,7 @@ MODES = ("fwd", "fwd_bwd")
 # Elements compared at once, 1 GB in float64: results may be as large as the memory is.
 _COMPARED_AT_ONCE = 1 << 27
 
-# A call that takes this many seconds needs no more warming, and few rounds.
+# Calls that take this many seconds on average need no more warming, and few rounds.
 _LONG = 2.0
 
 
@@ -209,8 +209,10 @@ def run_case(
         if _is_wanted(name, problem, wanted):
             calls[name] = functools.partial(yardstick, mode)
             calls[name]()
+    start = time.perf_counter()
     peaks = {name: extra_peak_mib(call, device) for name, call in calls.items()}
-    times = _interleaved(calls, device, seconds)
+    is_long = time.perf_counter() - start > _LONG * len(calls)
+    times = _interleaved(calls, device, seconds, is_long=is_long)
     for name, samples in times.items():
         p20, p50, p80 = statistics.quantiles(samples, n=10, method="inclusive")[1::3]
         moved, flops = case.bytes_moved[mode], case.flops[mode]
@@ -299,16 +301,14 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _interleaved(
-    calls: dict[str, Callable[[], object]], device: str, seconds: float
+    calls: dict[str, Callable[[], object]], device: str, seconds: float, *, is_long: bool
 ) -> dict[str, list[float]]:
     """Milliseconds per call, round by round, so that drift falls on all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    least = 5
-    for call in calls.values():
-        if timed(call, device) > _LONG:
-            least = 3
-        else:
+    for call in () if is_long else calls.values():
+        for _ in range(2):
             timed(call, device)
+    least = 3 if is_long else 5
     start, rounds = time.perf_counter(), 0
     while calls and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
         for name, call in calls.items():
@@ -326,10 +326,10 @@ def extra_peak_mib(call: Callable[[], object], device: str) -> float | None:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         result = call()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20 - _size_mib(result)
+        return (torch.cuda.max_memory_allocated() - held) / 2**20 - _size_mib(result)
     counter = Path("/proc/self/clear_refs")
     if not counter.exists():
         return None

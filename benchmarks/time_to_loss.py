@@ -3,9 +3,11 @@
     python benchmarks/time_to_loss.py [--data FILE] [--out FOLDER]
 
 Both train on the characters of one English text, hold out its last tenth, and take turns of a
-few seconds, so that whatever else the machine does slows both.  The baseline is a plain PyTorch
-model of the shape and recipe that nanoGPT's README gives for a MacBook (4 layers, 4 heads, width
-128, 64 tokens, batch 12, 2000 steps, no dropout); its last validation loss is the goal.  fastlm is
+few seconds, so that whatever else the machine does slows both.  Each is a process of its own: two
+OpenMP pools in one have more threads than there are cores, and libgomp then puts idle threads to
+sleep at once, which doubles the time of small steps.  The baseline is a plain PyTorch model of the
+shape and recipe that nanoGPT's README gives for a MacBook (4 layers, 4 heads, width 128, 64 tokens,
+batch 12, 2000 steps, no dropout); its last validation loss is the goal.  fastlm is
 ``fastlm train --tokenizer char`` with nothing else set, its own evaluations and checkpoints
 included.  Not counted for either: reading the text, the first step, the last validation.  The goal
 must be reached in sequences of fastlm's own length and in ones of 64 tokens, like the baseline's.
@@ -19,13 +21,14 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import multiprocessing
 import random
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ CHARACTERS = 1_115_394
 SHORTEST_DOCSTRING = 200
 
 # seconds of a turn, about as the two need time in all
-TURNS = {"baseline": 4.0, "fastlm": 1.0}
+BASELINE_TURN, FASTLM_TURN = 4.0, 1.0
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 PEAK_LR, LAST_LR, WARMUP, BETAS, WEIGHT_DECAY = 1e-3, 1e-4, 100, (0.9, 0.99), 0.1
@@ -82,44 +85,38 @@ def _docstrings(library: Path) -> Iterator[str]:
 
 
 class Turns:
-    """Two threads of which one works; each one's seconds of work."""
+    """One of two processes of which one at a time works; counts its seconds of work.
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(TURNS, 0.0)
-        self._working: set[str] = set(TURNS)
-        self._holder = next(iter(TURNS))
-        self._changed = threading.Condition()
-        self._since = self._turn_start = 0.0
+    Args:
+        other: A pipe to the other one's.
+        turn: Seconds of work before it is the other's turn.
+    """
 
-    def begin(self, name: str) -> None:
-        """Wait for the first turn."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._holder == name)
+    def __init__(self, other: Connection, turn: float) -> None:
+        self.seconds = 0.0
+        self.others_result: dict[str, Any] | None = None
+        self._other, self._turn = other, turn
         self._since = self._turn_start = time.perf_counter()
 
-    def step(self, name: str, *, counts: bool = True) -> None:
+    def wait(self) -> None:
+        """Until it is this one's turn; EOFError if the other has died."""
+        if self.others_result is None:
+            self.others_result = self._other.recv()
+        self._since = self._turn_start = time.perf_counter()
+
+    def step(self, *, counts: bool = True) -> None:
         """After each step: count its seconds, and let the other work when the turn is over."""
         now = time.perf_counter()
         if counts:
-            self.seconds[name] += now - self._since
+            self.seconds += now - self._since
         self._since = now
-        if now - self._turn_start >= TURNS[name]:
-            self._pass_on(name)
+        if now - self._turn_start >= self._turn and self.others_result is None:
+            self._other.send(None)
+            self.wait()
 
-    def end(self, name: str) -> None:
-        """Leave all time to the other."""
-        self._working.discard(name)
-        self._pass_on(name)
-
-    def _pass_on(self, name: str) -> None:
-        others = [other for other in self._working if other != name]
-        if not others:
-            return
-        with self._changed:
-            self._holder = others[0]
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._holder == name or name not in self._working)
-        self._since = self._turn_start = time.perf_counter()
+    def end(self, result: dict[str, Any]) -> None:
+        """Tell the other, which has all time from now on."""
+        self._other.send(result)
 
 
 # ---- the baseline
@@ -167,8 +164,9 @@ class Baseline(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def train_baseline(text: str, turns: Turns, result: dict[str, Any]) -> None:
-    """Fill ``result`` with the row of the baseline."""
+def train_baseline(text: str, other: Connection) -> None:
+    """Train when it is the turn for it, and send the baseline's row to fastlm's process."""
+    turns = Turns(other, BASELINE_TURN)
     characters = {char: id for id, char in enumerate(sorted(set(text)))}
     ids = torch.tensor([characters[char] for char in text])
     split = int(len(ids) * 0.9)
@@ -183,7 +181,7 @@ def train_baseline(text: str, turns: Turns, result: dict[str, Any]) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, fused=True)
     window = torch.arange(CONTEXT)
-    turns.begin("baseline")
+    turns.wait()
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = _baseline_lr(step)
@@ -193,14 +191,16 @@ def train_baseline(text: str, turns: Turns, result: dict[str, Any]) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        turns.step("baseline", counts=step > 0)
-    turns.end("baseline")
-    result |= {
+        turns.step(counts=step > 0)
+    row = {
+        "provider": "nanogpt-recipe",
+        "seconds": turns.seconds,
         "steps": STEPS,
         "tokens": STEPS * BATCH * CONTEXT,
         "parameters": sum(p.numel() for p in model.parameters()),
         "val_loss": held_out_loss(model, held_out, CONTEXT),
     }
+    turns.end(row)
 
 
 def _baseline_lr(step: int) -> float:
@@ -228,21 +228,18 @@ def held_out_loss(loss_of: Any, ids: Tensor, context: int) -> float:
 
 def train_fastlm(data: Path, out: Path, turns: Turns) -> dict[str, Any]:
     """The row of fastlm."""
-    started = False
 
     def on_step(step: int) -> None:
-        nonlocal started
-        if not started:
-            turns.begin("fastlm")
-            started = True
-        turns.step("fastlm", counts=step > 1)
+        # the first one warms up, and nothing of it counts
+        turns.step(counts=step > 1)
 
     config = fastlm.TrainConfig(data=str(data), tokenizer="char", out=str(out), device="cpu")
     result = fastlm.train(config, on_step=on_step)
-    turns.end("fastlm")
     model = fastlm.load(out, device="cpu").model
     held_out = torch.from_numpy(fastlm_held_out(out))
     return {
+        "provider": "fastlm",
+        "seconds": turns.seconds,
         "steps": result.steps,
         "tokens": result.tokens,
         "parameters": result.parameters,
@@ -274,18 +271,22 @@ def main(argv: list[str] | None = None) -> int:
         if options.data is None:
             data.write_text(english(), "utf-8")
         text = data.read_text("utf-8")
-        turns, baseline = Turns(), dict[str, Any]()
-        worker = threading.Thread(target=train_baseline, args=(text, turns, baseline), daemon=True)
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        worker = context.Process(target=train_baseline, args=(text, there), daemon=True)
         worker.start()
+        there.close()
+        turns = Turns(here, FASTLM_TURN)
         ours = train_fastlm(data, Path(scratch) / "run", turns)
+        turns.end(ours)
+        while turns.others_result is None:
+            turns.wait()
+        baseline = turns.others_result
         worker.join()
 
     shape = {"characters": len(text), "vocabulary": len(set(text))}
     common = {"op": "train", "mode": "time_to_loss", "dtype": "float32", "shape": shape}
-    rows: list[dict[str, Any]] = [
-        common | {"provider": "nanogpt-recipe", "seconds": turns.seconds["baseline"], **baseline},
-        common | {"provider": "fastlm", "seconds": turns.seconds["fastlm"], **ours},
-    ]
+    rows: list[dict[str, Any]] = [common | baseline, common | ours]
     ratio = rows[1]["seconds"] / rows[0]["seconds"]
     # with fastlm's own context, and with no more than the baseline's
     reached = max(rows[1]["val_loss"], rows[1]["val_loss_in_windows_of_64"]) <= rows[0]["val_loss"]

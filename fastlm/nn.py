@@ -197,7 +197,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     """:func:`fastlm.linear_cross_entropy` with a learned layer.
 
     Takes the place of torch's class of that name, where torch has one (2.13), and has its
-    parameters, ``linear.weight`` and ``linear.bias``; leading dimensions may be any number.
+    parameters, ``linear.weight`` and ``linear.bias``; leading dimensions may be any number.  Where
+    these are DTensors split over processes, so is the loss.
 
     Args:
         in_features: C, the last dimension of the input.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support.layouts import layouts
 from support.linear_cross_entropy import (
     NO_OPTIONS,
+    NothingLarge,
     assert_same_bits,
     definition,
     forced,
@@ -18,7 +19,6 @@ from support.linear_cross_entropy import (
     judge,
     ours,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm import testing
@@ -284,42 +284,26 @@ def test_shift_predicts_later_tokens(shift, reduction, backend, device):
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
-class NothingLarge(TorchDispatchMode):
-    """Refuses every new tensor of ``limit`` elements or more."""
-
-    def __init__(self, limit):
-        super().__init__()
-        self.limit = limit
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            # bytes are what the poisoning of memory writes
-            large = isinstance(tensor, torch.Tensor) and tensor.numel() >= self.limit
-            if large and tensor.dtype != torch.uint8:
-                raise AssertionError(f"{func} gives {tuple(tensor.shape)}")
-        return out
-
-
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("step", ["forward", "gradients", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_never_holds_the_logits(dtype, step, backend, device):
     x, weight, bias, targets = inputs(8, 2, 512, dtype, device)
     arguments, needs = (x, weight, bias, targets), (True, True, True)
-    losses = torch.ones(8, device=device)
+    losses, whole = torch.ones(8, device=device), ("", 512)
 
     def run_step(backend):
         # the functions themselves: a mode does not see into an operator
         module = importlib.import_module(op.BACKENDS[backend])
         if step == "forward":
-            module.forward(*arguments, None, *NO_OPTIONS, False)
+            module.forward(*arguments, None, *NO_OPTIONS, False, *whole)
         elif step == "gradients":
-            module.gradients(*arguments, None, None, *NO_OPTIONS, False, *needs)
+            module.gradients(*arguments, None, None, *NO_OPTIONS, False, *needs, *whole)
         else:
             module.backward(
-                losses, None, None, None, *arguments, None, losses, losses, *NO_OPTIONS, *needs
-            )
+                losses, None, None, None, *arguments, None, losses, losses, *NO_OPTIONS, *needs,
+                *whole,
+            )  # fmt: skip
 
     with forced(rows=2), NothingLarge(2 * 2 * 512 + 1):
         run_step(backend)
@@ -494,7 +478,7 @@ def test_operators_are_what_torch_expects(step, backend, device):
         else:
             rest = (class_weight, ones, ones, *options, True, True, True)
         upstream = (ones, *([ones] * 3 if need_stats else [None] * 3)) if step == "backward" else ()
-        torch.library.opcheck(operator, (*upstream, *arguments, *rest, backend))
+        torch.library.opcheck(operator, (*upstream, *arguments, *rest, "", 20, backend))
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -20,7 +20,6 @@ from support.losses import (
     linear,
     linear_definition,
     ours,
-    transformed,
     weights,
 )
 from torch import Tensor
@@ -190,23 +189,6 @@ def test_logprobs_are_those_of_the_targets(backend, device):
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_top_k_are_the_largest_of_all(dtype, backend, device):
-    x, matrix, bias, _ = inputs(7, 4, 60, dtype, device)
-    x = x[:6].view(2, 3, 4)
-    with forced(rows=2):
-        logprobs, indices = fastlm.linear_top_k(
-            x, matrix, 5, linear_bias=bias, softcap=3.0, logit_scale=2.0, backend=backend
-        )
-    wide = F.linear(x.float(), matrix.float(), bias.float())
-    expected = transformed(wide, {"softcap": 3.0, "logit_scale": 2.0}).log_softmax(-1)
-    torch.testing.assert_close(logprobs, expected.topk(5).values)
-    torch.testing.assert_close(expected.gather(-1, indices), logprobs)
-    assert logprobs.shape == (2, 3, 5)
-    assert not logprobs.requires_grad
-
-
 # Through the real kernels in float64
 
 
@@ -281,8 +263,6 @@ def test_refuses_what_is_no_integer(name, value):
     x, matrix, targets = torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(TypeError, match=f"linear_cross_entropy: {name} must be an integer"):
         fastlm.linear_cross_entropy(x, matrix, targets, **{name: value})
-    with pytest.raises(TypeError, match="linear_top_k: k must be an integer, got float"):
-        fastlm.linear_top_k(x, matrix, 2.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -339,19 +319,6 @@ def test_weights_of_zero_give_what_they_give_in_torch(backend, device):
     )
     assert loss.isnan()
     assert all(gradient.isnan().any() for gradient in gradients)
-
-
-def test_top_k_passes_its_own_check_where_one_class_is_all_but_certain(device):
-    x, matrix, bias, _ = inputs(3, 8, 200, device=device)
-    bias[7] = 64.0
-    with fastlm.checked():
-        fastlm.linear_top_k(x, matrix / 10, 1, linear_bias=bias)
-
-
-@pytest.mark.parametrize("k", [0, 6])
-def test_refuses_a_k_out_of_range(k):
-    with pytest.raises(ValueError, match=rf"linear_top_k: k must be in \[1, 5\], got {k}"):
-        fastlm.linear_top_k(torch.zeros(3, 2), torch.zeros(5, 2), k)
 
 
 # Any combination

@@ -16,9 +16,17 @@ from fastlm.ops._checks import (
 
 
 def check_linear(
-    op: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+    op: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *,
+    may_be_empty: bool = False,
 ) -> torch.dtype:
-    """Check a layer for ``input``, itself checked, and return the dtype to compute in."""
+    """Check a layer for ``input``, itself checked, and return the dtype to compute in.
+
+    A shard of a layer may have no classes.
+    """
     others = {"linear_weight": linear_weight}
     if linear_bias is not None:
         others["linear_bias"] = linear_bias
@@ -31,7 +39,8 @@ def check_linear(
             check_same_dtype(op, name, tensor, "input", input)
     check_shape(op, "linear_weight", linear_weight, ("V", input.shape[-1]), "to match input")
     vocab_size = linear_weight.shape[0]
-    check_that(op, "linear_weight", vocab_size > 0, "have at least one class", "V = 0")
+    if not may_be_empty:
+        check_that(op, "linear_weight", vocab_size > 0, "have at least one class", "V = 0")
     if linear_bias is not None:
         check_shape(op, "linear_bias", linear_bias, (vocab_size,), "to match linear_weight")
     return dtype

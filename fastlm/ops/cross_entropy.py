@@ -207,6 +207,8 @@ def check_loss_options(
 ) -> None:
     """The checks of what every loss can be told."""
     check_integer(op, "ignore_index", ignore_index)
+    fits = -(2**63) <= ignore_index < 2**63
+    check_that(op, "ignore_index", fits, "be in [-2**63, 2**63)", ignore_index)
     if weight is not None:
         check_tensor(op, "weight", weight)
         check_dtype(op, "weight", weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from fastlm.ops._autograd import once_differentiable
 from fastlm.ops._checks import PLAIN, check_integer, check_that
 from fastlm.ops._define import define_op
 from fastlm.ops._linear import cast_to, check_linear
+from fastlm.ops._shards import is_distributed, sharded_call
 from fastlm.ops.cross_entropy import (
     LossStats,
     LossSums,
@@ -20,6 +21,9 @@ from fastlm.ops.cross_entropy import (
     is_usual_loss,
     over,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _OP = "linear_cross_entropy"
 BACKENDS = {
@@ -46,6 +50,7 @@ def linear_cross_entropy(
     shift: int = 0,
     num_items: int | Tensor | None = None,
     return_stats: Literal[False] = False,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -67,6 +72,7 @@ def linear_cross_entropy(
     shift: int = 0,
     num_items: int | Tensor | None = None,
     return_stats: Literal[True],
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, LossStats]: ...
 
@@ -87,6 +93,7 @@ def linear_cross_entropy(
     shift: int = 0,
     num_items: int | Tensor | None = None,
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy between the logits of a linear layer and class indices.
@@ -101,13 +108,21 @@ def linear_cross_entropy(
     autocast the inputs are cast as in ``F.linear``, and the gradients come in the dtype of the
     parameters, not rounded to the lower one.
 
+    The classes may be split over processes, each of which holds and multiplies its share alone
+    (Shoeybi et al., 2019, https://arxiv.org/abs/1909.08053, section 3): with ``process_group``, or
+    where ``linear_weight`` is a DTensor with the placement ``Shard(0)`` over a mesh of one
+    dimension.  Every rank then makes the same call, with the same ``input``, ``target`` and class
+    ``weight``, and gets what the call on one process would return: the loss, the statistics, and
+    the gradients of ``input`` and of its own classes.
+
     Args:
         input: ``(..., C)``; float32, bfloat16, float16 or float64.  Leading dimensions that do not
             merge into one are copied.
-        linear_weight: ``(V, C)`` in the dtype of ``input``; may also be the embedding's.
+        linear_weight: ``(V, C)`` in the dtype of ``input``; may also be the embedding's.  With
+            ``process_group``, ``(V / ranks, C)``: rank r's from class r V / ranks.
         target: Class indices ``(...)`` in ``[0, V)`` or equal to ``ignore_index``; an integer
             dtype.
-        linear_bias: ``(V,)`` in the dtype of ``input``.
+        linear_bias: ``(V,)`` in the dtype of ``input``; split as ``linear_weight`` is.
         weight: ``(V,)``, any float dtype, without gradient: the factor of the loss of each class.
         reduction: ``"mean"`` over positions that are not ignored, each counting as much as the
             weight of its target; ``"sum"`` or ``"none"``.
@@ -123,6 +138,8 @@ def linear_cross_entropy(
             accumulation over batches of different lengths needs; a positive int, or a tensor of
             one element, where 0 divides by 1.
         return_stats: Also return :class:`LossStats`, of all positions, whatever ``shift``.
+        process_group: The processes that ``linear_weight`` is split over.  None takes a DTensor's
+            from its mesh; V need not divide by the number of ranks there.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -132,52 +149,48 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: Shapes or devices do not match, a number is out of range, a name is not known,
-            or ``num_items`` is given together with ``reduction="none"``.
-        TypeError: A dtype is not one of those above, or dtypes differ outside autocast.
+            ``num_items`` is given together with ``reduction="none"``, or a DTensor is placed
+            otherwise.  On CPU, also where ranks differ in ``input``'s size, in ``target`` or in the
+            number of their classes; elsewhere the loss is then NaN.
+        TypeError: A dtype is not one of those above, dtypes differ outside autocast, or
+            ``process_group`` is not one of this process.
         IndexError: A target is out of range and the torch or reference backend runs on CPU.  In a
             kernel the loss of that row becomes NaN instead, and with it the gradients it enters.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
-    dtype = _check(input, linear_weight, target, linear_bias, reduction)
-    vocab_size = linear_weight.shape[0]
+    group = ""
+    if process_group is not None or is_distributed(linear_weight):
+        input, linear_weight, linear_bias, target, weight, group, vocab_size = sharded_call(
+            _OP, input, linear_weight, linear_bias, target, weight, process_group
+        )
+    dtype = _check(_OP, input, linear_weight, target, linear_bias, reduction, group)
+    if not group:
+        vocab_size = linear_weight.shape[0]
     check_loss_options(
         _OP, input, vocab_size, weight, ignore_index, label_smoothing, softcap, logit_scale, z_loss
     )
     if num_items is not None:
         num_items = _check_num_items(num_items, reduction)
-    target = target.long()
-    check_integer(_OP, "shift", shift)
-    if shift != 0:
-        steps = target.shape[-1] if target.dim() > 0 else 0
-        if not 0 <= shift <= steps:  # written out only then: a traced length stays symbolic
-            check_that(_OP, "shift", False, f"be in [0, {steps}]", shift)
-        target = F.pad(target[..., shift:], (0, shift), value=ignore_index)
+    target = _shifted(_OP, target.long(), shift, ignore_index)
     if weight is not None:
         weight = weight.detach().to(torch.promote_types(dtype, torch.float32))
 
     sums = LossSums(target, weight, ignore_index, vocab_size, num_items)
     params = (input, linear_weight, linear_bias)
     options = (ignore_index, label_smoothing, softcap, logit_scale, return_stats)
-    needs_gradient = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in params
-    )
+    needs_gradient = _needs_gradient(*params)
     if needs_gradient and reduction != "none":
         divisor, squares_divisor = sums.divisors(reduction)
         if squares_divisor is divisor:
             squares_divisor = None  # the compiler takes no tensor twice
         divisors = (divisor, squares_divisor)
         loss, lse, *stats = _Reduced.apply(
-            *params, target, weight, *options, z_loss, *divisors, dtype, backend
+            *params, target, weight, *options, z_loss, *divisors, group, vocab_size, dtype, backend
         )
     else:
-        if needs_gradient:
-            losses, lse, *stats = _PerPosition.apply(
-                *params, target, weight, *options, dtype, backend
-            )
-        else:
-            losses, lse, *stats = _forward(
-                *cast_to(dtype, *params), target, weight, *options, backend
-            )
+        losses, lse, *stats = _per_position(
+            needs_gradient, *params, target, weight, *options, group, vocab_size, dtype, backend
+        )
         loss = sums.reduce(losses, lse, reduction, z_loss)
     if reduction == "none" and shift:
         loss = loss[..., : loss.shape[-1] - shift]
@@ -197,6 +210,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     shift: int = 0,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The log-probability of each target under the logits of a linear layer; differentiable.
@@ -211,22 +225,60 @@ def linear_logprobs(
     Raises:
         The errors of :func:`linear_cross_entropy`.
     """
-    losses = linear_cross_entropy(
-        input, linear_weight, target, linear_bias=linear_bias, reduction="none",
-        ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, shift=shift,
-        backend=backend,
-    )  # fmt: skip
+    op, group = "linear_logprobs", ""
+    if process_group is not None or is_distributed(linear_weight):
+        input, linear_weight, linear_bias, target, _, group, vocab_size = sharded_call(
+            op, input, linear_weight, linear_bias, target, None, process_group
+        )
+    dtype = _check(op, input, linear_weight, target, linear_bias, "none", group)
+    if not group:
+        vocab_size = linear_weight.shape[0]
+    check_loss_options(op, input, vocab_size, None, ignore_index, 0.0, softcap, logit_scale, 0.0)
+    target = _shifted(op, target.long(), shift, ignore_index)
+    params = (input, linear_weight, linear_bias)
+    options = (ignore_index, 0.0, softcap, logit_scale, False)
+    try:
+        losses, *_ = _per_position(
+            _needs_gradient(*params), *params, target, None, *options, group, vocab_size,
+            dtype, backend,
+        )  # fmt: skip
+    except (IndexError, NotImplementedError, ValueError) as error:
+        # the operator is the other function's
+        raise type(error)(str(error).replace(_OP, op)) from error
+    if shift:
+        losses = losses[..., : losses.shape[-1] - shift]
     return -losses
 
 
+def _needs_gradient(*params: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in params)
+
+
+def _shifted(op: str, target: Tensor, shift: int, ignore_index: int) -> Tensor:
+    """The target of each position; the last ``shift`` have none."""
+    check_integer(op, "shift", shift)
+    if shift == 0:
+        return target
+    steps = target.shape[-1] if target.dim() > 0 else 0
+    if not 0 <= shift <= steps:  # written out only then: a traced length stays symbolic
+        check_that(op, "shift", False, f"be in [0, {steps}]", shift)
+    return F.pad(target[..., shift:], (0, shift), value=ignore_index)
+
+
 def _check(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, reduction: str
+    op: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    reduction: str,
+    group: str,
 ) -> torch.dtype:
     """Check the tensors, and return the dtype to compute in."""
     if _is_usual(input, linear_weight, target, linear_bias, reduction):
         return input.dtype
-    check_loss_arguments(_OP, "input", input, target, reduction)
-    return check_linear(_OP, input, linear_weight, linear_bias)
+    check_loss_arguments(op, "input", input, target, reduction)
+    return check_linear(op, input, linear_weight, linear_bias, may_be_empty=group != "")
 
 
 def _is_usual(
@@ -255,10 +307,18 @@ def _check_num_items(num_items: int | Tensor, reduction: str) -> int | Tensor:
         check_that(_OP, "num_items", num_items.numel() == 1, "have one element", f"shape {shape}")
         # a batch of no items has a loss of 0, which anything but 0 divides
         num_items = num_items.detach().reshape(())
-        return torch.where(num_items > 0, num_items, 1)
+        return torch.where(num_items <= 0, 1, num_items)
     check_integer(_OP, "num_items", num_items)
     check_that(_OP, "num_items", num_items > 0, "be positive", num_items)
     return num_items
+
+
+def _per_position(needs_gradient: bool, *args: Any) -> Any:
+    """Losses and statistics; ``args`` are those of :meth:`_PerPosition.forward`."""
+    if needs_gradient:
+        return _PerPosition.apply(*args)
+    *params, dtype, backend = args
+    return _forward(*cast_to(dtype, *params[:3]), *params[3:], backend)
 
 
 class _Reduced(torch.autograd.Function):
@@ -283,6 +343,8 @@ class _Reduced(torch.autograd.Function):
         z_loss: float,
         divisor: Tensor | None,
         squares_divisor: Tensor | None,  # of the z-loss, where it is another
+        group: str,
+        num_classes: int,
         dtype: torch.dtype,
         backend: str,
     ) -> tuple[Tensor | None, ...]:
@@ -296,11 +358,12 @@ class _Reduced(torch.autograd.Function):
                 z_weight = z_weight * over(divisor, _safe(squares_divisor, squares_divisor))
         losses, lse, logprobs, entropy, predictions, *gradients = _gradients(
             *cast_to(dtype, *params), target, weight, z_weight, *options, need_stats,
-            *ctx.needs_input_grad[:3], backend,
+            *ctx.needs_input_grad[:3], group, num_classes, backend,
         )  # fmt: skip
         again = (*params, target, weight, lse, entropy) if need_stats else ()
         ctx.save_for_backward(*gradients, divisor, squares_divisor, *again)
         ctx.options, ctx.z_loss, ctx.dtype, ctx.backend = options, z_loss, dtype, backend
+        ctx.shard = (group, num_classes)
         ctx.dtypes = [None if x is None else x.dtype for x in params]
         ctx.set_materialize_grads(False)
         total = over(losses.sum(), divisor)
@@ -338,7 +401,7 @@ class _Reduced(torch.autograd.Function):
                     dlse = of_squares if dlse is None else dlse + of_squares
             gradients = _backward(
                 dlosses, dlogprobs, dlse, dentropy, *cast_to(ctx.dtype, *params),
-                target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
+                target, weight, lse, entropy, *ctx.options, *needs, *ctx.shard, ctx.backend,
             )  # fmt: skip
         elif dloss is not None:
             scale = over(dloss, divisor)
@@ -353,7 +416,7 @@ class _Reduced(torch.autograd.Function):
             gradient.to(dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
         ]
-        return *wanted, *[None] * 12
+        return *wanted, *[None] * 14
 
 
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
@@ -381,16 +444,18 @@ class _PerPosition(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
         need_stats: bool,
+        group: str,
+        num_classes: int,
         dtype: torch.dtype,
         backend: str,
     ) -> tuple[Tensor | None, ...]:
         params = (input, linear_weight, linear_bias)
-        options = (ignore_index, label_smoothing, softcap, logit_scale)
+        options, shard = (ignore_index, label_smoothing, softcap, logit_scale), (group, num_classes)
         losses, lse, logprobs, entropy, predictions = _forward(
-            *cast_to(dtype, *params), target, weight, *options, need_stats, backend
+            *cast_to(dtype, *params), target, weight, *options, need_stats, *shard, backend
         )
         ctx.save_for_backward(*params, target, weight, lse, entropy)
-        ctx.options, ctx.dtype, ctx.backend = options, dtype, backend
+        ctx.options, ctx.shard, ctx.dtype, ctx.backend = options, shard, dtype, backend
         ctx.set_materialize_grads(False)
         if not need_stats:
             return losses, lse, None, None, None
@@ -412,13 +477,13 @@ class _PerPosition(torch.autograd.Function):
         dlosses = torch.zeros_like(lse) if dlosses is None else dlosses
         gradients = _backward(
             dlosses, dlogprobs, dlse, dentropy, *cast_to(ctx.dtype, *params),
-            target, weight, lse, entropy, *ctx.options, *needs, ctx.backend,
+            target, weight, lse, entropy, *ctx.options, *needs, *ctx.shard, ctx.backend,
         )  # fmt: skip
         gradients = [
             gradient.to(param.dtype) if needed else None
             for gradient, param, needed in zip(gradients, params, needs, strict=True)
         ]
-        return *gradients, *[None] * 9
+        return *gradients, *[None] * 11
 
 
 def _forward_fake(
@@ -432,6 +497,8 @@ def _forward_fake(
     softcap: float | None,
     logit_scale: float,
     need_stats: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     losses = input.new_empty(target.shape, dtype=torch.promote_types(input.dtype, torch.float32))
     logprobs = losses.new_empty(target.shape if need_stats else 0)
@@ -454,14 +521,18 @@ def _gradients_fake(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    known = _forward_fake(input, linear_weight, linear_bias, target, weight, *options, need_stats)
+    known = _forward_fake(
+        input, linear_weight, linear_bias, target, weight, *options, need_stats, group, num_classes
+    )
     losses, lse, logprobs, entropy, predictions = known
     shown = lse if need_stats or z_weight is not None else lse.new_empty(0)
     return losses, shown, logprobs, entropy, predictions, *_backward_fake(
         losses, None, None, None, input, linear_weight, linear_bias, target, weight, lse, entropy,
-        *options, need_input, need_weight, need_bias,
+        *options, need_input, need_weight, need_bias, group, num_classes,
     )  # fmt: skip
 
 
@@ -484,6 +555,8 @@ def _backward_fake(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         lse.new_empty(input.shape if need_input else 0),

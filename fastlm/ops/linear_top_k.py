@@ -14,6 +14,7 @@ from fastlm.ops.cross_entropy import check_transform
 
 _OP = "linear_top_k"
 BACKENDS = {
+    "triton": "fastlm.kernels.linear_top_k",
     "torch": "fastlm.ops.eager.linear_top_k",
     "reference": "fastlm.ops.reference.linear_top_k",
 }
@@ -53,13 +54,15 @@ def linear_top_k(
         linear_bias: ``(V,)`` in the dtype of ``input``.
         softcap: Positive, as in :func:`cross_entropy`.
         logit_scale: Factor of the logits, bias included.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (k up to 128), ``"torch"`` or ``"reference"``.
 
     Returns:
-        Log-probabilities and classes, ``(..., k)`` each, most likely first.
+        Log-probabilities and classes, ``(..., k)`` each, most likely first.  A position with NaN or
+        infinity among its logits, or nothing but -infinity, has NaN beside k different classes.
 
     Raises:
         ValueError: Shapes or devices do not match, or a number is out of range.
+        NotImplementedError: ``backend`` is named and does not take the call.
         TypeError: A dtype is not one of those above, or dtypes differ outside autocast.
     """
     check_tensor(_OP, "input", input)

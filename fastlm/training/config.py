@@ -81,16 +81,16 @@ class TrainConfig:
     """Sequences of full length in a micro-batch. None: by size."""
     grad_accumulation: int = 1
     """Micro-batches for each optimizer step."""
-    steps: int = 520
+    steps: int = 420
     """Optimizer steps."""
 
     optimizer: OptimizerName = "muon"
     """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for everything."""
     lr: float | None = None
-    """Peak learning rate: of the blocks' matrices for muon, of everything for adamw. None: 0.02
+    """Peak learning rate: of the blocks' matrices for muon, of everything for adamw. None: 0.0125
     or 0.001."""
     embedding_lr: float | None = None
-    """Peak learning rate of embedding, output layer and norms. None: 0.01 for muon, lr for
+    """Peak learning rate of embedding, output layer and norms. None: 0.015 for muon, lr for
     adamw."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices, not of norms or embeddings."""
@@ -143,7 +143,7 @@ class TrainConfig:
                 values[name] = value
         derived = {
             "num_key_value_heads": values["num_attention_heads"],
-            "lr": 0.02 if self.optimizer == "muon" else 0.001,
+            "lr": 0.0125 if self.optimizer == "muon" else 0.001,
             "warmup": max(1, self.steps // 40),
             "short_context": _quarter(values["context"]),
             "eval_every": max(1, self.steps // 5),
@@ -153,7 +153,7 @@ class TrainConfig:
             if values[name] is None:
                 values[name] = value
         if self.embedding_lr is None:
-            values["embedding_lr"] = 0.01 if self.optimizer == "muon" else values["lr"]
+            values["embedding_lr"] = 0.015 if self.optimizer == "muon" else values["lr"]
         if self.vocab_size is None and self.tokenizer == "bpe":
             values["vocab_size"] = DEFAULT_VOCAB_SIZE
         return ResolvedConfig(**values)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .._chunks import Operand, Upstream
 from .._launch import accumulator, launch
+from .._shards import Shard, combine
 from . import tuning
 from .kernel import bias_gradient_kernel, gradient_kernel, loss_kernel
+from .shard import shard_kernel
 
 # What a gradient kernel needs registers for.
 _HEAVY = ("HAS_SOFTCAP", "SMOOTHED", "HAS_DENTROPY")
@@ -26,6 +28,8 @@ class Loss:
         bias: ``(V,)``, added to the logits.
         weight: ``(V,)`` wide, of the classes.
         weight_sum: Its sum, read with label smoothing.
+        shard: Which classes the logits and the bias have; None: all.
+        weight_sums: ``(ranks, 1)``, read with label smoothing of sharded logits.
     """
 
     bias: Tensor | None
@@ -35,6 +39,8 @@ class Loss:
     label_smoothing: float
     softcap: float | None
     logit_scale: float
+    shard: Shard | None = None
+    weight_sums: Tensor | None = None
 
     @classmethod
     def of(
@@ -46,13 +52,23 @@ class Loss:
         label_smoothing: float,
         softcap: float | None,
         logit_scale: float,
+        shard: Shard | None,
     ) -> Loss:
         """The loss these options make, for logits in the dtype of ``like``."""
         bias = None if bias is None else bias.contiguous()
         weight = None if weight is None else weight.to(like.dtype).contiguous()
         smoothed = weight is not None and label_smoothing > 0
         weight_sum = weight.sum() if weight is not None and smoothed else None
-        return cls(bias, weight, weight_sum, ignore_index, label_smoothing, softcap, logit_scale)
+        options = (ignore_index, label_smoothing, softcap, logit_scale)
+        weight_sums = None
+        if shard is not None and label_smoothing > 0:
+            weight_sums = shard.weight_sums(weight, like)
+        return cls(bias, weight, weight_sum, *options, shard, weight_sums)
+
+    def classes(self, vocab_size: int) -> tuple[int, int]:
+        """The class of the first of ``vocab_size`` logits, and the number of all classes."""
+        shard = self.shard
+        return (0, vocab_size) if shard is None else (shard.first_class, shard.num_classes)
 
     @property
     def numbers(self) -> tuple[int, float, float, float]:
@@ -97,7 +113,10 @@ class Rows:
 
 
 def launch_loss(logits: Tensor, targets: Tensor, loss: Loss, rows: Rows) -> None:
-    """Write ``rows``."""
+    """Write ``rows``; of sharded logits, together with the other ranks."""
+    if loss.shard is not None:
+        _write_combined(logits, targets, loss, loss.shard, rows)
+        return
     num_rows, vocab_size = logits.shape
     plan = tuning.plan("loss", vocab_size)
     launch(
@@ -106,6 +125,42 @@ def launch_loss(logits: Tensor, targets: Tensor, loss: Loss, rows: Rows) -> None
         rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions,
         vocab_size, *loss.numbers,
         HAS_BIAS=loss.bias is not None, **loss.flags, NEED_STATS=rows.entropy.numel() > 0,
+        **_shared(plan, logits),
+    )  # fmt: skip
+
+
+def _write_combined(logits: Tensor, targets: Tensor, loss: Loss, shard: Shard, rows: Rows) -> None:
+    smoothed, need_stats = loss.label_smoothing > 0, rows.entropy.numel() > 0
+    sums = shard.new_sums(logits, len(logits), smoothed=smoothed, need_stats=need_stats)
+    launch_shard(logits, targets, loss, shard.first_class, sums, need_stats=need_stats)
+    everyones = shard.gather(sums, targets)
+    known = combine(shard, everyones, targets, loss.weight, loss.weight_sums, loss.label_smoothing)
+    ignored = targets == loss.ignore_index
+    outside = (targets < 0) | (targets >= shard.num_classes)
+    lse = known.maximum + known.log_sum
+    rows.losses.copy_(known.losses.masked_fill_(outside, torch.nan).masked_fill_(ignored, 0.0))
+    rows.lse.copy_(lse.masked_fill_(ignored, 0.0))
+    if need_stats:
+        logprobs = known.logprobs.masked_fill_(outside, torch.nan)
+        rows.logprobs.copy_(logprobs.masked_fill_(ignored, 0.0))
+        rows.entropy.copy_(known.entropy.masked_fill_(ignored, 0.0))
+        rows.predictions.copy_(known.predictions.masked_fill_(ignored, -1))
+
+
+def launch_shard(
+    logits: Tensor, targets: Tensor, loss: Loss, first_class: int, sums: Tensor, *, need_stats: bool
+) -> None:
+    """Write the ``sums`` of these classes, unless there are none."""
+    num_rows, vocab_size = logits.shape
+    if vocab_size == 0:
+        return
+    plan = tuning.plan("loss", vocab_size)
+    bias, weight, _ = _vectors(loss, logits)
+    launch(
+        shard_kernel, (num_rows,),
+        logits, bias, weight, targets, sums,
+        num_rows, vocab_size, first_class, loss.ignore_index, loss.softcap or 0.0, loss.logit_scale,
+        HAS_BIAS=loss.bias is not None, **loss.flags, NEED_STATS=need_stats,
         **_shared(plan, logits),
     )  # fmt: skip
 
@@ -135,9 +190,9 @@ def launch_gradient(
         gradient_kernel, (num_rows,),
         logits, dlogits, *_vectors(loss, logits), targets, *_tensors(upstream, rows.lse),
         rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions, residuals,
-        dlogits.stride(0), vocab_size, *loss.numbers,
+        dlogits.stride(0), vocab_size, *loss.classes(vocab_size), *loss.numbers,
         SCALE=operand.scale, HAS_BIAS=loss.bias is not None, **flags,
-        LSE_IS_KNOWN=lse_is_known, NEED_STATS=need_stats,
+        LSE_IS_KNOWN=lse_is_known, NEED_STATS=need_stats, IS_SHARD=loss.shard is not None,
         ONE_BLOCK=vocab_size <= plan.block_v, **_shared(plan, logits),
     )  # fmt: skip
     return dlogits, residuals
@@ -157,7 +212,8 @@ def launch_bias_gradient(
     launch(
         bias_gradient_kernel, (triton.cdiv(vocab_size, plan.block_v),),
         logits, *_vectors(loss, logits), targets, *_tensors(upstream, rows.lse),
-        rows.lse, rows.entropy, dbias, num_rows, vocab_size, *loss.numbers,
+        rows.lse, rows.entropy, dbias, num_rows, vocab_size, *loss.classes(vocab_size),
+        *loss.numbers,
         **loss.flags, **_flags(upstream), BLOCK_R=plan.block_r, **_shared(plan, logits),
     )  # fmt: skip
 

@@ -110,11 +110,27 @@ def _store_row(
 
 
 @triton.jit
+def _target_of_shard(
+    x_target, w_target, weight_ptr, target, column, ignore_index, vocab_size, num_classes,
+    HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """x_target and w_target where other processes hold classes too.
+
+    Of a class that is another's x_target is finite: NaN marks a target that is no class.
+    """
+    known = (target >= 0) & (target < num_classes) & (target != ignore_index)
+    here = (column >= 0) & (column < vocab_size)
+    if HAS_WEIGHT:
+        w_target = tl.load(weight_ptr + target, mask=known, other=0.0)
+    return tl.where(known & ~here, 0.0, x_target), w_target, here
+
+
+@triton.jit
 def gradient_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     dlogits_ptr,  # (rows, vocab_size), the same memory, perhaps a narrower dtype
     bias_ptr,  # (vocab_size,), read if HAS_BIAS
-    weight_ptr,  # (vocab_size,) ACC, read if HAS_WEIGHT
+    weight_ptr,  # (num_classes,) ACC, read if HAS_WEIGHT
     weight_sum_ptr,  # (1,) ACC, read if HAS_WEIGHT and SMOOTHED
     targets_ptr,  # (rows,) int64
     dlosses_ptr,  # (rows,) ACC, read if HAS_DLOSSES, else 1
@@ -129,7 +145,9 @@ def gradient_kernel(
     predictions_ptr,  # (rows,) int64
     residuals_ptr,  # (rows,) ACC: what the cast of dlogits took from its target element
     stride_dlogits,
-    vocab_size,
+    vocab_size,  # of the logits here
+    first_class,  # the class of the first of them
+    num_classes,  # vocab_size, unless IS_SHARD
     ignore_index,
     label_smoothing: tl.float64,
     softcap: tl.float64,
@@ -145,6 +163,7 @@ def gradient_kernel(
     HAS_Z: tl.constexpr,
     LSE_IS_KNOWN: tl.constexpr,
     NEED_STATS: tl.constexpr,
+    IS_SHARD: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
@@ -155,10 +174,17 @@ def gradient_kernel(
     target = tl.load(targets_ptr + row)
     ignored = target == ignore_index
     # before any element of the row is overwritten
+    column = target - first_class
     x_target, w_target = load_target(
-        logits_ptr, bias_ptr, weight_ptr, 1, target, ignore_index, vocab_size,
-        logit_scale, softcap, HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, ACC,
+        logits_ptr, bias_ptr, weight_ptr + first_class, 1, column, ignore_index - first_class,
+        vocab_size, logit_scale, softcap, HAS_BIAS, HAS_WEIGHT, HAS_SOFTCAP, ACC,
     )  # fmt: skip
+    is_here = True
+    if IS_SHARD:
+        x_target, w_target, is_here = _target_of_shard(
+            x_target, w_target, weight_ptr, target, column, ignore_index, vocab_size, num_classes,
+            HAS_WEIGHT,
+        )  # fmt: skip
     lanes = tl.arange(0, BLOCK_V)
     x = tl.zeros((BLOCK_V,), ACC)
     if ONE_BLOCK:
@@ -192,7 +218,7 @@ def gradient_kernel(
     if HAS_DLOSSES:
         dloss = tl.load(dlosses_ptr + row)
     of_target, of_all, of_weight = loss_factors(
-        dloss, w_target, weight_sum_ptr, vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC
+        dloss, w_target, weight_sum_ptr, num_classes, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC
     )
     if HAS_DSTATS:
         of_target -= tl.load(dlogprobs_ptr + row)
@@ -210,7 +236,10 @@ def gradient_kernel(
     )  # fmt: skip
     dx_target = tl.where(ignored, 0.0, dx_target)
     stored = dx_target.to(dlogits_ptr.dtype.element_ty).to(ACC)
-    tl.store(residuals_ptr + row, dx_target - stored)
+    residual = dx_target - stored
+    if IS_SHARD:
+        residual = tl.where(is_here | (x_target != x_target), residual, 0.0)
+    tl.store(residuals_ptr + row, residual)
     for start in range(0, vocab_size, BLOCK_V):
         cols = start + lanes
         in_row = cols < vocab_size
@@ -221,7 +250,7 @@ def gradient_kernel(
             )  # fmt: skip
         weight = 1.0
         if HAS_WEIGHT and SMOOTHED:
-            weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0)
+            weight = tl.load(weight_ptr + first_class + cols, mask=in_row, other=0.0)
         dx = gradient(
             x, x - lse, False, weight, of_target, of_all, of_weight,
             entropy, dentropy, scale, softcap,
@@ -229,7 +258,7 @@ def gradient_kernel(
         )  # fmt: skip
         # NaN in x_target marks a target out of range: the whole row becomes NaN
         dx = tl.where(ignored, 0.0, tl.where(x_target == x_target, dx, x_target))
-        dx = tl.where(cols == target, dx_target, dx)
+        dx = tl.where(cols == column, dx_target, dx)
         # all warps have loaded this block before any of them overwrites it
         tl.debug_barrier()
         tl.store(dlogits_ptr + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)
@@ -239,7 +268,7 @@ def gradient_kernel(
 def bias_gradient_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     bias_ptr,  # (vocab_size,)
-    weight_ptr,  # (vocab_size,) ACC, read if HAS_WEIGHT
+    weight_ptr,  # (num_classes,) ACC, read if HAS_WEIGHT
     weight_sum_ptr,  # (1,) ACC, read if HAS_WEIGHT and SMOOTHED
     targets_ptr,  # (rows,) int64
     dlosses_ptr,  # (rows,) ACC, read if HAS_DLOSSES, else 1
@@ -251,7 +280,9 @@ def bias_gradient_kernel(
     entropy_ptr,  # (rows,) ACC, read if HAS_DENTROPY
     dbias_ptr,  # (vocab_size,) ACC, added to
     rows,
-    vocab_size,
+    vocab_size,  # of the logits here
+    first_class,  # the class of the first of them
+    num_classes,
     ignore_index,
     label_smoothing: tl.float64,
     softcap: tl.float64,
@@ -276,14 +307,15 @@ def bias_gradient_kernel(
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(ACC)
     weight = tl.full((BLOCK_V,), 1.0, ACC)
     if HAS_WEIGHT and SMOOTHED:
-        weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0)
+        weight = tl.load(weight_ptr + first_class + cols, mask=in_row, other=0.0)
     total = tl.zeros((BLOCK_R, BLOCK_V), ACC)
     for start in range(0, rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R).to(tl.int64)
         in_chunk = row < rows
         target = tl.load(targets_ptr + row, mask=in_chunk, other=0)
+        column = target - first_class
         counted = in_chunk & (target != ignore_index)
-        valid = (target >= 0) & (target < vocab_size)
+        valid = (target >= 0) & (target < num_classes)
         lse = tl.load(lse_ptr + row, mask=in_chunk, other=0.0)
         dloss = tl.full((BLOCK_R,), 1.0, ACC)
         w_target, entropy, dentropy = dloss, dloss, dloss
@@ -292,7 +324,7 @@ def bias_gradient_kernel(
         if HAS_WEIGHT:
             w_target = tl.load(weight_ptr + target, mask=valid & counted, other=0.0)
         of_target, of_all, of_weight = loss_factors(
-            dloss, w_target, weight_sum_ptr, vocab_size, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC
+            dloss, w_target, weight_sum_ptr, num_classes, label_smoothing, HAS_WEIGHT, SMOOTHED, ACC
         )
         if HAS_DSTATS:
             of_target -= tl.load(dlogprobs_ptr + row, mask=in_chunk, other=0.0)
@@ -309,7 +341,7 @@ def bias_gradient_kernel(
         )
         x = transform(logits.to(ACC) + bias[None, :], logit_scale, softcap, HAS_SOFTCAP, ACC)
         dx = gradient(
-            x, x - lse[:, None], cols[None, :] == target[:, None], weight[None, :],
+            x, x - lse[:, None], cols[None, :] == column[:, None], weight[None, :],
             of_target[:, None], of_all[:, None], of_weight[:, None],
             entropy[:, None], dentropy[:, None], logit_scale, softcap,
             HAS_SOFTCAP, SMOOTHED, HAS_DSTATS or HAS_Z, HAS_DENTROPY, ACC,

@@ -20,6 +20,7 @@ from .._chunks import (
     wide_dtype,
 )
 from .._runtime import refuses_device
+from .._shards import CLASSES_OF_CHUNKS, Shard
 from .chunk import Loss, Rows, launch_bias_gradient, launch_gradient, launch_loss
 
 
@@ -52,12 +53,15 @@ def forward(
     softcap: float | None,
     logit_scale: float,
     need_stats: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     known = Rows.empty(input, target.numel(), wide_dtype(input), need_stats=need_stats)
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    loss = Loss.of(known.lse, linear_bias, weight, *options)
-    targets = target.reshape(-1)
-    for rows, logits in _chunks(input.reshape(-1, input.shape[-1]), linear_weight):
+    shard = Shard.of(group, num_classes, linear_weight.shape[0])
+    loss = Loss.of(known.lse, linear_bias, weight, *options, shard)
+    targets = _flat(target)
+    for rows, logits in _chunks(input.reshape(-1, input.shape[-1]), linear_weight, shard):
         launch_loss(logits, targets[rows], loss, known[rows])
     return _shaped(known, target, need_stats)
 
@@ -77,10 +81,13 @@ def gradients(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     known = Rows.empty(input, target.numel(), wide_dtype(input), need_stats=need_stats)
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    loss = Loss.of(known.lse, linear_bias, weight, *options)
+    shard = Shard.of(group, num_classes, linear_weight.shape[0])
+    loss = Loss.of(known.lse, linear_bias, weight, *options, shard)
     gradients = _sweep(
         Upstream(z_weight=z_weight), input, linear_weight, target, loss, known,
         need_input, need_weight, need_bias, lse_is_known=False,
@@ -111,9 +118,12 @@ def backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    loss = Loss.of(lse, linear_bias, weight, *options)
+    shard = Shard.of(group, num_classes, linear_weight.shape[0])
+    loss = Loss.of(lse, linear_bias, weight, *options, shard)
     upstream = Upstream(dlosses, dlogprobs, dlse, dentropy).each_row(_flat)
     known = Rows.known(_flat(lse), _flat(entropy))
     return _sweep(
@@ -137,24 +147,34 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of what comes in; writes ``known``, or reads its lse and entropy."""
     inputs, targets = input.reshape(-1, input.shape[-1]), _flat(target)
-    vocab_size = linear_weight.shape[0]
-    operand = tensor_core_operand(input, vocab_size)
+    vocab_size, shard = linear_weight.shape[0], loss.shard
+    first_class, num_classes = loss.classes(vocab_size)
+    operand = tensor_core_operand(input, num_classes)
     upstream, factor = upstream.within_float16(
-        operand, targets == loss.ignore_index, loss.weight, loss.logit_scale, vocab_size
+        operand, targets == loss.ignore_index, loss.weight, loss.logit_scale, num_classes
     )
     linear = LinearGradients(inputs, linear_weight, operand, need_input, need_weight)
     dbias = known.lse.new_zeros(vocab_size if need_bias else 0)
-    for rows, logits in _chunks(inputs, linear_weight):
+    # both are asked of the logits before the gradient replaces them
+    loss_comes_first = not lse_is_known and (need_bias or shard is not None)
+    for rows, logits in _chunks(inputs, linear_weight, shard):
         y, chunk, dchunk = targets[rows], known[rows], upstream[rows]
+        if loss_comes_first:
+            launch_loss(logits, y, loss, chunk)
+        if vocab_size == 0:
+            continue
         if need_bias:
-            if not lse_is_known:
-                launch_loss(logits, y, loss, chunk)
             launch_bias_gradient(logits, y, loss, dchunk, chunk, dbias)
         dlogits, residuals = launch_gradient(
-            logits, operand, y, loss, dchunk, chunk, lse_is_known=lse_is_known or need_bias
+            logits, operand, y, loss, dchunk, chunk, lse_is_known=lse_is_known or loss_comes_first
         )
         # the residual is zero where the target is ignored, NaN where it is out of range
-        linear.add(rows, dlogits, y.clamp(0, vocab_size - 1), residuals)
+        columns = (y - first_class if first_class else y).clamp(0, vocab_size - 1)
+        linear.add(rows, dlogits, columns, residuals)
+    if shard is not None and need_input:
+        if vocab_size == 0:
+            linear.dinput.zero_()
+        shard.add_up(linear.dinput)
     gradients = (linear.dinput.view(input.shape if need_input else 0), linear.dweight, dbias)
     if factor is not None:
         for gradient in gradients:
@@ -174,13 +194,17 @@ def _shaped(
     return losses.view(target.shape), lse.view(target.shape), logprobs, entropy, predictions
 
 
-def _chunks(inputs: Tensor, linear_weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(
+    inputs: Tensor, linear_weight: Tensor, shard: Shard | None
+) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows, and their logits without bias, in memory that the next step reuses."""
     num_rows, vocab_size = inputs.shape[0], linear_weight.shape[0]
-    step = rows_per_chunk(num_rows, vocab_size, inputs.device.type)
+    classes = vocab_size if shard is None else CLASSES_OF_CHUNKS
+    step = rows_per_chunk(num_rows, classes, inputs.device.type)
     workspace = inputs.new_empty(step, vocab_size, dtype=wide_dtype(inputs))
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         logits = workspace[: rows.stop - start]
-        matmul(logits, inputs[rows], linear_weight.t())
+        if vocab_size:
+            matmul(logits, inputs[rows], linear_weight.t())
         yield rows, logits

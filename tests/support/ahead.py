@@ -17,15 +17,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from support.lint import float_atomics, narrow_products
 from torch import Tensor
 
-from fastlm.kernels import _ahead, attention, cross_entropy, linear_cross_entropy
+from fastlm.kernels import _ahead, attention, cross_entropy, linear_cross_entropy, linear_top_k
+from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import Launch, recorded
 from fastlm.kernels._runtime import pretend
+from fastlm.kernels._shards import Shard
+from fastlm.kernels.linear_cross_entropy import chunk
 
 ARCHES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +71,9 @@ def linear_cross_entropy_launches(dtype: torch.dtype) -> None:
     for vocab_size in (512, 4_096, 8_192, 16_384, 50_304):
         _linear_cross_entropy(vocab_size, dtype, with_options=False)
         _linear_cross_entropy(vocab_size - 3, dtype, with_options=True)
+    for vocab_size in (512, 50_304):
+        _sharded_cross_entropy(vocab_size, dtype, with_options=False)
+        _sharded_cross_entropy(vocab_size - 3, dtype, with_options=True)
 
 
 def _linear_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options: bool) -> None:
@@ -74,15 +81,46 @@ def _linear_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options: 
     bias = empty(vocab_size, dtype=dtype) if with_options else None
     weight, *options = all_loss_options(vocab_size) if with_options else NO_LOSS_OPTIONS
     arguments = (inputs, matrix, bias, empty(8, dtype=torch.int64), weight)
-    losses, lse, *stats = linear_cross_entropy.forward(*arguments, *options, with_options)
+    whole = ("", vocab_size)
+    losses, lse, *stats = linear_cross_entropy.forward(*arguments, *options, with_options, *whole)
     logprobs, entropy, _ = stats
     if not with_options:
-        linear_cross_entropy.gradients(*arguments, None, *options, False, True, True, False)
+        needs = (True, True, False)
+        linear_cross_entropy.gradients(*arguments, None, *options, False, *needs, *whole)
         return
     z_weight = empty(dtype=lse.dtype)
-    linear_cross_entropy.gradients(*arguments, z_weight, *options, True, True, True, False)
-    upstream = (losses, logprobs, lse, entropy)
-    linear_cross_entropy.backward(*upstream, *arguments, lse, entropy, *options, True, True, True)
+    needs = (True, True, False)
+    linear_cross_entropy.gradients(*arguments, z_weight, *options, True, *needs, *whole)
+    upstream, needs = (losses, logprobs, lse, entropy), (True, True, True)
+    linear_cross_entropy.backward(*upstream, *arguments, lse, entropy, *options, *needs, *whole)
+
+
+def _sharded_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options: bool) -> None:
+    """The second of two shards, without its collectives."""
+    wide = torch.promote_types(dtype, torch.float32)
+    logits, row = empty(8, vocab_size, dtype=wide), empty(8, dtype=wide)
+    targets = empty(8, dtype=torch.int64)
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    bias = empty(vocab_size, dtype=dtype) if with_options else None
+    weight, *options = all_loss_options(2 * vocab_size) if with_options else NO_LOSS_OPTIONS
+    loss = chunk.Loss.of(logits, bias, weight, *options, Shard(group, 2 * vocab_size, vocab_size))
+    sums = empty(6, 8, dtype=wide)
+    chunk.launch_shard(logits, targets, loss, vocab_size, sums, need_stats=with_options)
+    upstream = Upstream(row, row, row, row, row) if with_options else Upstream(row)
+    rows = chunk.Rows.known(row, row)
+    if with_options:
+        chunk.launch_bias_gradient(logits, targets, loss, upstream, rows, row)
+    operand = Operand(dtype)
+    chunk.launch_gradient(logits, operand, targets, loss, upstream, rows, lse_is_known=True)
+
+
+def linear_top_k_launches(dtype: torch.dtype) -> None:
+    for vocab_size in (512, 50_304, 128_256):
+        matrix = empty(vocab_size, 64, dtype=dtype)
+        linear_top_k.forward(empty(8, 64, dtype=dtype), matrix, None, 64, None, 1.0)
+        inputs, matrix = empty(5, 63, dtype=dtype), empty(vocab_size - 3, 63, dtype=dtype)
+        bias = empty(vocab_size - 3, dtype=dtype)
+        linear_top_k.forward(inputs, matrix, bias, 5, 30.0, -0.5)
 
 
 def attention_launches(dtype: torch.dtype) -> None:
@@ -125,12 +163,13 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     "attention": attention_launches,
     "cross_entropy": cross_entropy_launches,
     "linear_cross_entropy": linear_cross_entropy_launches,
+    "linear_top_k": linear_top_k_launches,
 }
 
 
 # Bytes per thread that registers spill at most under Triton 3.6 and 3.7, rounded up to a power of
 # two, in float32, with all options on, or on an architecture that borrows its rows.
-MOST_STACK = {"attention": 32, "cross_entropy": 0, "linear_cross_entropy": 64}
+MOST_STACK = {"attention": 32, "cross_entropy": 0, "linear_cross_entropy": 64, "linear_top_k": 0}
 
 
 # The same for attention with a window, whose third loop takes registers.

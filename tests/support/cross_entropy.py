@@ -21,8 +21,8 @@ BLOCK = 16  # of the tiny plan
 NO_OPTIONS = (None, -100, 0.0, None, 1.0)
 
 
-def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = tuning.Plan(block_v=BLOCK, num_warps=1)
+def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch, block_v: int = BLOCK) -> None:
+    plan = tuning.Plan(block_v=block_v, num_warps=1)
     monkeypatch.setattr(tuning, "plan", lambda step, vocab_size, **kwargs: plan)
 
 

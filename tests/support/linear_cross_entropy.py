@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm import testing
@@ -105,6 +106,7 @@ def gradient_of_chunk(
 def run_kernel(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
     """Launch with what is ``given`` by name; nothing is asked for by the other arguments."""
     others = {"ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "logit_scale": 1.0,
+              "first_class": 0, "num_classes": given["vocab_size"],
               "SCALE": 1.0, "ACC": accumulator(torch.float32)}  # fmt: skip
     values = {}
     for name in kernel.arg_names:
@@ -130,3 +132,20 @@ def forced(*, rows: int | None = None, block_v: int | None = None) -> Iterator[N
             bias = tuning.BiasPlan(block_r=4, block_v=block_v, num_warps=1)
             stack.enter_context(mock.patch.object(tuning, "BIAS", bias))
         yield
+
+
+class NothingLarge(TorchDispatchMode):
+    """Refuses every new tensor of ``limit`` elements or more."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            # bytes are what the poisoning of memory writes
+            large = isinstance(tensor, Tensor) and tensor.numel() >= self.limit
+            if large and tensor.dtype != torch.uint8:
+                raise AssertionError(f"{func} gives {tuple(tensor.shape)}")
+        return out

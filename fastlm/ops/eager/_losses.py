@@ -103,6 +103,44 @@ def row_losses(
     return RowLosses(losses, maximum, log_sum, logprobs, entropy, predictions)
 
 
+def shard_sums(
+    logits: Tensor,
+    columns: Tensor,
+    here: Tensor,
+    options: LossOptions,
+    sums: Tensor,
+    need_stats: bool,
+) -> None:
+    """Write the sums of ``kernels/_shards.py`` over the ``(N, V)`` logits of a shard.
+
+    Args:
+        logits: With no classes, nothing is written.
+        columns: ``(N, 1)`` in ``[0, V)``, of the targets that are ``here``.
+        here: ``(N, 1)`` bool.
+        options: With the weights of these classes.
+        sums: ``(k, N)`` wide.
+        need_stats: Whether moment and first are among them.
+    """
+    if logits.shape[1] == 0:
+        return
+    for rows in _blocks(logits):
+        block = logits[rows].to(sums.dtype)
+        x = transform(block, options, out=torch.empty_like(block))
+        out = sums[:, rows]
+        out[0] = x.amax(1)
+        z = x - out[0].masked_fill(out[0] == -torch.inf, 0.0)[:, None]
+        out[2] = x.gather(1, columns[rows]).masked_fill_(~here[rows], 0.0)[:, 0]
+        if need_stats:
+            out[4] = x.argmax(1)
+        if options.label_smoothing > 0:
+            out[-1] = (z if options.weight is None else z * options.weight).sum(1)
+        p = z.exp()
+        out[1] = p.sum(1)
+        if need_stats:
+            # a class of probability zero has z = -inf, and 0 * -inf is not its part
+            out[3] = p.mul_(z.masked_fill_(z == -torch.inf, 0.0)).sum(1)
+
+
 @dataclass(frozen=True)
 class RowFactors:
     """The gradient of x is, with the entropy H and the weights w of the classes,
@@ -112,6 +150,7 @@ class RowFactors:
     Attributes:
         of_target: ``(N, 1)``, like the others; None is 1, where nothing else is given.
         entropy: H, where ``of_entropy`` is given.
+        is_here: Whether the target is among these classes, or another rank's; None: all are.
     """
 
     of_target: Tensor | None = None
@@ -119,6 +158,7 @@ class RowFactors:
     of_weight: Tensor | None = None
     of_entropy: Tensor | None = None
     entropy: Tensor | None = None
+    is_here: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> RowFactors:
         return RowFactors(*(None if x is None else x[rows] for x in vars(self).values()))
@@ -203,7 +243,10 @@ def probability_gradient_(
     of_target = row.of_target
     if of_target is None or (row.of_all is None and row.of_entropy is None):
         # (p - 1) before the factor: the other order loses p when the target is nearly certain
-        log_p.exp_().scatter_(1, targets, -1.0, reduce="add")
+        if row.is_here is None:
+            log_p.exp_().scatter_(1, targets, -1.0, reduce="add")
+        else:
+            log_p.exp_().scatter_add_(1, targets, -row.is_here.to(log_p.dtype))
         if of_target is not None:
             log_p.mul_(of_target)
         return
@@ -218,6 +261,8 @@ def probability_gradient_(
     if row.of_weight is not None:
         ones = log_p.new_ones(()) if weight is None else weight
         log_p.addcmul_(row.of_weight, ones, value=-1.0)
+    if row.is_here is not None:
+        at_target = torch.where(row.is_here, at_target, log_p.gather(1, targets))
     log_p.scatter_(1, targets, at_target)
 
 

@@ -22,6 +22,8 @@ from fastlm.kernels._chunks import (
     tensor_core_operand,
     wide_dtype,
 )
+from fastlm.kernels._shards import CLASSES_OF_CHUNKS, Shard, combine
+from fastlm.kernels._shards import Known as KnownOfAll
 from fastlm.ops.eager._losses import (
     LossOptions,
     RowFactors,
@@ -30,6 +32,7 @@ from fastlm.ops.eager._losses import (
     probability_gradient_,
     row_factors,
     row_losses,
+    shard_sums,
     write_gradient,
 )
 from fastlm.ops.reference.cross_entropy import check_targets
@@ -55,11 +58,13 @@ def forward(
     softcap: float | None,
     logit_scale: float,
     need_stats: bool,
+    group: str,
+    num_classes: int,
 ) -> Known:
     options = LossOptions(weight, label_smoothing, softcap, logit_scale)
     known, _ = _run(
         Upstream(), input, linear_weight, linear_bias, target, None, None, ignore_index, options,
-        need_stats, False, False, False,
+        need_stats, False, False, False, Shard.of(group, num_classes, linear_weight.shape[0]),
     )  # fmt: skip
     assert known is not None, "no lse was given"
     return known
@@ -80,11 +85,14 @@ def gradients(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = LossOptions(weight, label_smoothing, softcap, logit_scale)
     known, gradients = _run(
         Upstream(z_weight=z_weight), input, linear_weight, linear_bias, target, None, None,
         ignore_index, options, need_stats, need_input, need_weight, need_bias,
+        Shard.of(group, num_classes, linear_weight.shape[0]),
     )  # fmt: skip
     assert known is not None, "no lse was given"
     losses, lse, *stats = known
@@ -113,12 +121,15 @@ def backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> Gradients:
     options = LossOptions(weight, label_smoothing, softcap, logit_scale)
     _, gradients = _run(
         Upstream(dlosses, dlogprobs, dlse, dentropy), input, linear_weight, linear_bias, target,
         lse, entropy if dentropy is not None else None, ignore_index, options,
         False, need_input, need_weight, need_bias,
+        Shard.of(group, num_classes, linear_weight.shape[0]),
     )  # fmt: skip
     return gradients
 
@@ -137,9 +148,10 @@ def _run(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    shard: Shard | None,
 ) -> tuple[Known | None, Gradients]:
     """What is known of each position, unless ``lse`` is given, and gradients of what comes in."""
-    vocab_size = linear_weight.shape[0]
+    vocab_size = linear_weight.shape[0] if shard is None else shard.num_classes
     inputs, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     upstream = upstream.each_row(Tensor.flatten)
     lse, entropy = (None if x is None else x.flatten() for x in (lse, entropy))
@@ -152,7 +164,7 @@ def _run(
         lse, entropy = (None if x is None else x[kept] for x in (lse, entropy))
     known, (dinput, dweight, dbias) = _sweep(
         upstream, inputs, linear_weight, linear_bias, targets, lse, entropy, ignore_index, options,
-        need_stats, need_input, need_weight, need_bias,
+        need_stats, need_input, need_weight, need_bias, shard,
     )  # fmt: skip
     if kept is not None and need_input:
         dinput = _spread(dinput, kept, target.numel())
@@ -193,11 +205,13 @@ def _sweep(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    shard: Shard | None,
 ) -> tuple[Known | None, Gradients]:
     """The same for ``(N, C)`` rows; on CPU none of them is ignored or out of range."""
     (num_rows, _), vocab_size, wide = input.shape, linear_weight.shape[0], wide_dtype(input)
+    num_classes = vocab_size if shard is None else shard.num_classes
     on_cpu = input.is_cpu
-    operand = Operand(wide) if on_cpu else tensor_core_operand(input, vocab_size)
+    operand = Operand(wide) if on_cpu else tensor_core_operand(input, num_classes)
     if on_cpu and linear_weight.numel() <= _WIDENED_ONCE:
         linear_weight = linear_weight.to(wide)
     bias = None if linear_bias is None else linear_bias.to(wide)
@@ -207,20 +221,26 @@ def _sweep(
 
     y, ignored, outside, factor = targets[:, None], None, None, None
     if not on_cpu:
-        ignored, outside = y == ignore_index, (y < 0) | (y >= vocab_size)
+        ignored, outside = y == ignore_index, (y < 0) | (y >= num_classes)
         y = y.masked_fill(outside, 0)
         upstream, factor = upstream.within_float16(
-            operand, ignored[:, 0], options.weight, options.logit_scale, vocab_size
+            operand, ignored[:, 0], options.weight, options.logit_scale, num_classes
         )
         dlosses = upstream.dlosses
         dlosses = input.new_ones(num_rows, dtype=wide) if dlosses is None else dlosses
         upstream = replace(upstream, dlosses=dlosses.masked_fill(outside[:, 0], torch.nan))
     upstream = upstream.each_row(lambda x: x[:, None])
     lse, entropy = (None if x is None else x[:, None] for x in (known_lse, known_entropy))
-    is_plain = options.is_plain and not need_stats and upstream.z_weight is None
+    columns, here, options_here, weight_sums = y, None, options, None
+    if shard is not None:
+        columns, here, options_here = _here(shard, y, options)
+        if options.label_smoothing > 0:
+            weight_sums = shard.weight_sums(options.weight, linear.dinput)
+    is_plain = options.is_plain and not need_stats and upstream.z_weight is None and shard is None
 
     parts: list[RowLosses] = []
-    step = rows_per_chunk(num_rows, vocab_size, input.device.type)
+    chunk_classes = vocab_size if shard is None else CLASSES_OF_CHUNKS
+    step = rows_per_chunk(num_rows, chunk_classes, input.device.type)
     buffer = input.new_empty(step, vocab_size, dtype=wide)
     for start in range(0, max(1, num_rows), step):
         rows = slice(start, min(start + step, num_rows))
@@ -237,25 +257,56 @@ def _sweep(
         else:
             chunk_entropy: Tensor | None
             if lse is None:
-                known = row_losses(z, y[rows], options, need_stats=need_stats)
+                if shard is None or here is None:
+                    known = row_losses(z, y[rows], options, need_stats=need_stats)
+                else:
+                    smoothed = options.label_smoothing > 0
+                    sums = shard.new_sums(z, len(z), smoothed=smoothed, need_stats=need_stats)
+                    shard_sums(z, columns[rows], here[rows], options_here, sums, need_stats)
+                    everyones = shard.gather(sums, targets[rows])
+                    known = _as_columns(combine(
+                        shard, everyones, y[rows, 0], options.weight, weight_sums,
+                        options.label_smoothing,
+                    ))  # fmt: skip
                 parts.append(known)
                 chunk_lse, chunk_entropy = known.maximum + known.log_sum, known.entropy
             else:
                 chunk_lse, chunk_entropy = lse[rows], None if entropy is None else entropy[rows]
-            if not need_gradient:
+            if not need_gradient or vocab_size == 0:
                 continue
             if chunk.dlosses is None:
                 chunk = replace(chunk, dlosses=torch.ones_like(chunk_lse))
-            factors = row_factors(chunk, chunk_lse, chunk_entropy, y[rows], options, vocab_size)
-            write_gradient(z, z, (chunk_lse,), y[rows], factors, skipped, options)
+            factors = row_factors(chunk, chunk_lse, chunk_entropy, y[rows], options, num_classes)
+            if here is not None:
+                factors = replace(factors, is_here=here[rows])
+            write_gradient(z, z, (chunk_lse,), columns[rows], factors, skipped, options_here)
         if need_bias:
             dbias += z.sum(0)
-        dlogits, residuals = _rounded(z, y[rows], operand)
-        linear.add(rows, dlogits, y[rows, 0], residuals)
+        dlogits, residuals = _rounded(z, columns[rows], operand)
+        linear.add(rows, dlogits, columns[rows, 0], residuals)
+    if shard is not None and need_input:
+        if vocab_size == 0:
+            linear.dinput.zero_()
+        shard.add_up(linear.dinput)
     if factor is not None:
         for gradient in (linear.dinput, linear.dweight, dbias):
             gradient.mul_(factor)
     return _together(parts, ignored, outside), (linear.dinput, linear.dweight, dbias)
+
+
+def _here(
+    shard: Shard, targets: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor, LossOptions]:
+    """The columns of ``(N, 1)`` targets, whether they are here, and the options of the columns."""
+    columns = targets - shard.first_class
+    here = (columns >= 0) & (columns < shard.size)
+    if options.weight is not None:
+        options = replace(options, weight=shard.of_classes(options.weight))
+    return columns.masked_fill_(~here, 0), here, options
+
+
+def _as_columns(known: KnownOfAll) -> RowLosses:
+    return RowLosses(*(x[:, None] for x in vars(known).values()))
 
 
 def _plain_losses(z: Tensor, targets: Tensor) -> RowLosses:

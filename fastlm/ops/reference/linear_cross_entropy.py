@@ -1,4 +1,7 @@
-"""Cross-entropy of a linear layer's logits: F.linear, then the cross_entropy of this folder."""
+"""Cross-entropy of a linear layer's logits: F.linear, then the cross_entropy of this folder.
+
+Every rank of a ``group`` gathers the layer from all, and keeps the gradients of its own classes.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops.reference import cross_entropy
+from fastlm.ops.reference._shards import of_rank, whole
 from fastlm.ops.reference.cross_entropy import check_targets
 
 _OP = "linear_cross_entropy"
@@ -26,6 +30,8 @@ def forward(
     softcap: float | None,
     logit_scale: float,
     need_stats: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(..., C)`` and ``(V, C)`` to ``(...)`` losses and lse, and statistics if asked for.
 
@@ -37,6 +43,7 @@ def forward(
         IndexError: On CPU, a target is neither ``ignore_index`` nor in ``[0, V)``; elsewhere its
             loss is NaN.
     """
+    linear_weight, linear_bias = whole(group, num_classes, linear_weight, linear_bias)
     check_targets(_OP, target, linear_weight.shape[0], ignore_index)
     logits = _logits(input, linear_weight, linear_bias)
     losses, maximum, log_sum, *stats = cross_entropy.forward(
@@ -62,20 +69,24 @@ def gradients(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What :func:`forward` returns, and the gradients of the sum of loss + z_weight lse**2.
 
     Without statistics and ``z_weight`` lse is empty too.
     """
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    known = forward(input, linear_weight, linear_bias, target, weight, *options, need_stats)
+    known = forward(
+        input, linear_weight, linear_bias, target, weight, *options, need_stats, group, num_classes
+    )
     losses, lse, logprobs, entropy, predictions = known
     dlse = None if z_weight is None else 2 * z_weight * lse
     shown = lse if need_stats or z_weight is not None else lse.new_empty(0)
     return losses, shown, logprobs, entropy, predictions, *backward(
         torch.ones_like(losses), None, dlse, None,
         input, linear_weight, linear_bias, target, weight, lse, entropy, *options,
-        need_input, need_weight, need_bias,
+        need_input, need_weight, need_bias, group, num_classes,
     )  # fmt: skip
 
 
@@ -98,8 +109,11 @@ def backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dinput = dlogits W, dW = dlogits^T input, dbias = sum of dlogits over rows; all wide."""
+    linear_weight, linear_bias = whole(group, num_classes, linear_weight, linear_bias)
     logits = _logits(input, linear_weight, linear_bias)
     dlogits = cross_entropy.backward(
         dlosses, dlogprobs, dlse, dentropy, logits, target, weight,
@@ -107,11 +121,11 @@ def backward(
     ).reshape(-1, linear_weight.shape[0])  # fmt: skip
     rows = input.reshape(-1, input.shape[-1]).to(dlogits.dtype)
     nothing = dlogits.new_empty(0)
-    return (
-        (dlogits @ linear_weight.to(dlogits.dtype)).view(input.shape) if need_input else nothing,
-        dlogits.t() @ rows if need_weight else nothing.clone(),
-        dlogits.sum(0) if need_bias else nothing.clone(),
-    )
+    dinput = dlogits @ linear_weight.to(dlogits.dtype) if need_input else nothing
+    dweight = dlogits.t() @ rows if need_weight else nothing.clone()
+    dbias = dlogits.sum(0) if need_bias else nothing.clone()
+    dweight, dbias = of_rank(group, num_classes, dweight, dbias)
+    return dinput.view(input.shape if need_input else 0), dweight, dbias
 
 
 def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -131,13 +145,16 @@ def truth_forward(
     softcap: float | None,
     logit_scale: float,
     need_stats: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`forward` in float64; a target out of range raises IndexError on every device."""
+    linear_weight, linear_bias = whole(group, num_classes, linear_weight, linear_bias)
     check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
     matrix, bias = linear_weight.double(), _double(linear_bias)
     options = (_double(weight), ignore_index, label_smoothing, softcap, logit_scale, need_stats)
     parts = [
-        forward(input_part.double(), matrix, bias, targets, *options)
+        forward(input_part.double(), matrix, bias, targets, *options, "", num_classes)
         for input_part, targets, _ in _slices(input, target)
     ]
     losses, lse, *stats = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -162,17 +179,21 @@ def truth_gradients(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`gradients` in float64."""
     options = (ignore_index, label_smoothing, softcap, logit_scale)
-    known = truth_forward(input, linear_weight, linear_bias, target, weight, *options, need_stats)
+    known = truth_forward(
+        input, linear_weight, linear_bias, target, weight, *options, need_stats, group, num_classes
+    )
     losses, lse, logprobs, entropy, predictions = known
     dlse = None if z_weight is None else 2 * z_weight.double() * lse
     shown = lse if need_stats or z_weight is not None else lse.new_empty(0)
     return losses, shown, logprobs, entropy, predictions, *truth_backward(
         torch.ones_like(losses), None, dlse, None,
         input, linear_weight, linear_bias, target, weight, lse, entropy, *options,
-        need_input, need_weight, need_bias,
+        need_input, need_weight, need_bias, group, num_classes,
     )  # fmt: skip
 
 
@@ -195,8 +216,11 @@ def truth_backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`backward` in float64, lse and entropy too."""
+    linear_weight, linear_bias = whole(group, num_classes, linear_weight, linear_bias)
     check_targets(_OP, target, linear_weight.shape[0], ignore_index, may_wait=True)
     matrix, bias, weight = linear_weight.double(), _double(linear_bias), _double(weight)
     options = (ignore_index, label_smoothing, softcap, logit_scale)
@@ -208,17 +232,19 @@ def truth_backward(
     rows = dinput.view(-1, input.shape[-1]) if need_input else dinput
     for x, targets, part in _slices(input, target):
         x = x.double()
-        known = forward(x, matrix, bias, targets, weight, *options, dentropy is not None)
+        need_entropy = dentropy is not None
+        known = forward(x, matrix, bias, targets, weight, *options, need_entropy, "", num_classes)
         _, lse, _, entropy, _ = known
         dlogprobs, dlse, dentropy_part = (None if d is None else d[part] for d in stats)
         parts = backward(
             flat[part], dlogprobs, dlse, dentropy_part, x, matrix, bias, targets, weight,
-            lse, entropy, *options, need_input, need_weight, need_bias,
+            lse, entropy, *options, need_input, need_weight, need_bias, "", num_classes,
         )  # fmt: skip
         if need_input:
             rows[part] = parts[0]
         dweight += parts[1]
         dbias += parts[2]
+    dweight, dbias = of_rank(group, num_classes, dweight, dbias)
     return dinput, dweight, dbias
 
 
@@ -252,12 +278,14 @@ def plain_gradients(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients cast once to the dtype of the input, as they will be when they are returned."""
     *known, dinput, dweight, dbias = gradients(
         input, linear_weight, linear_bias, target, weight, z_weight,
         ignore_index, label_smoothing, softcap, logit_scale, need_stats,
-        need_input, need_weight, need_bias,
+        need_input, need_weight, need_bias, group, num_classes,
     )  # fmt: skip
     losses, lse, logprobs, entropy, predictions = known
     wide = _cast_once((dinput, dweight, dbias), input.dtype)

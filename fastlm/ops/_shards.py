@@ -1,0 +1,162 @@
+"""A linear layer whose classes are split over processes: what a call is given, and its checks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastlm.ops._checks import PLAIN, check_shape, check_tensor, check_that
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class ShardedCall(NamedTuple):
+    """The tensors of a call on this process.
+
+    Attributes:
+        linear_weight: ``(classes here, C)``; rank r of n has the classes [r S, (r + 1) S), where S
+            is V / n rounded up.
+        linear_bias: ``(classes here,)``.
+        weight: ``(V,)``.
+        group: Registered name of the processes.
+        num_classes: V.
+    """
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+    group: str
+    num_classes: int
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor; by its name, whose module takes long to import."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def sharded_call(
+    op: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> ShardedCall:
+    """Check how the layer is split, and take the part of this process.
+
+    An error that one rank alone raises leaves the others waiting for it, so these checks look at
+    what all ranks know, or, on CPU, ask them first.
+
+    Raises:
+        ValueError: ``linear_weight`` is no DTensor with ``Shard(0)`` over a mesh of one dimension,
+            another tensor is distributed otherwise, or ``process_group`` is not the mesh's; on CPU,
+            ranks have different inputs, targets, or numbers of classes.
+        TypeError: ``process_group`` is none, or not one of this process.
+    """
+    if process_group is not None and not (
+        dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+    ):
+        raise TypeError(
+            f"{op}: process_group must be a ProcessGroup that this process belongs to, "
+            f"got {process_group!r}"
+        )
+    if process_group is None or is_distributed(linear_weight):
+        matrix: DTensor = linear_weight  # type: ignore[assignment]
+        group, num_classes = _group_of(op, matrix, process_group), matrix.shape[0]
+        linear_bias = _shard_beside(op, "linear_bias", linear_bias, matrix)
+        input, target = _replica(op, "input", input, matrix), _replica(op, "target", target, matrix)
+        weight = None if weight is None else _replica(op, "weight", weight, matrix)
+        linear_weight = matrix.to_local()
+    else:
+        check_tensor(op, "linear_weight", linear_weight)
+        check_shape(op, "linear_weight", linear_weight, ("V / ranks", "C"))
+        group = process_group
+        num_classes = linear_weight.shape[0] * dist.get_world_size(group)
+    if not torch.compiler.is_compiling() and all(
+        type(x) in PLAIN and x.is_cpu for x in (input, linear_weight, target)
+    ):
+        _check_agreement(op, input, linear_weight, target, group, num_classes)
+    check_that(op, "linear_weight", num_classes > 0, "have at least one class", "V = 0")
+    return ShardedCall(
+        input, linear_weight, linear_bias, target, weight, group.group_name, num_classes
+    )
+
+
+def _group_of(
+    op: str, matrix: DTensor, process_group: dist.ProcessGroup | None
+) -> dist.ProcessGroup:
+    from torch.distributed.tensor import Shard
+
+    mesh, placements = matrix.device_mesh, tuple(matrix.placements)
+    fits = mesh.ndim == 1
+    check_that(op, "linear_weight", fits, "be sharded over a mesh of 1 dimension", f"{mesh.ndim}")
+    fits = type(placements[0]) is Shard and placements[0].dim == 0
+    check_that(op, "linear_weight", fits, "have the placement Shard(0)", placements)
+    group = mesh.get_group()
+    if process_group is not None and process_group.group_name != group.group_name:
+        name = process_group.group_name
+        check_that(op, "process_group", False, "be None or that of linear_weight's mesh", name)
+    return group
+
+
+def _shard_beside(op: str, name: str, tensor: Tensor | None, matrix: DTensor) -> Tensor | None:
+    """The part here of a tensor that must be split as ``matrix`` is."""
+    if tensor is None:
+        return None
+    requirement = "be a DTensor placed as linear_weight is"
+    if not is_distributed(tensor):
+        check_that(op, name, False, requirement, f"a {type(tensor).__name__}")
+    vector: DTensor = tensor  # type: ignore[assignment]
+    same = vector.device_mesh == matrix.device_mesh and vector.placements == matrix.placements
+    check_that(op, name, same, requirement, f"{vector.placements} over {vector.device_mesh}")
+    check_shape(op, name, vector, matrix.shape[:1], "to match linear_weight")
+    return vector.to_local()
+
+
+def _replica(op: str, name: str, tensor: Tensor, matrix: DTensor) -> Tensor:
+    """A tensor that every rank has the whole of."""
+    if not is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    replica: DTensor = tensor  # type: ignore[assignment]
+    everywhere = replica.device_mesh == matrix.device_mesh and all(
+        type(placement) is Replicate for placement in replica.placements
+    )
+    got = f"{replica.placements} over {replica.device_mesh}"
+    requirement = "be a local tensor, or replicated over linear_weight's mesh"
+    check_that(op, name, everywhere, requirement, got)
+    return replica.to_local(grad_placements=[Replicate()])
+
+
+def _check_agreement(
+    op: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    group: dist.ProcessGroup,
+    num_classes: int,
+) -> None:
+    """Compare what the ranks have, and raise on all of them or on none."""
+    places = torch.arange(1, target.numel() + 1)
+    mark = (target.flatten().long() * places).sum()
+    mine = torch.stack([
+        torch.tensor(linear_weight.shape[0]), torch.tensor(input.numel()), mark,
+    ])  # fmt: skip
+    all_of = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_of, mine, group=group)
+    sizes, numels, marks = torch.stack(all_of, 1)
+    largest = -(-num_classes // len(all_of))
+    expected = (num_classes - largest * torch.arange(len(all_of))).clamp(0, largest)
+    even, shown = torch.equal(sizes, expected), [int(size) for size in sizes]
+    check_that(op, "linear_weight", even, "be split evenly over the ranks", f"{shown} classes")
+    for name, found in (("input", numels), ("target", marks)):
+        same = bool((found == found[0]).all())
+        check_that(op, name, same, "be the same on all ranks", "one that differs")

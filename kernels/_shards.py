@@ -1,0 +1,172 @@
+"""Classes split over processes: what a process knows of a row, and what all of them know together.
+
+Rank r of n holds the classes [r S, (r + 1) S) of V, S = ceil(V / n); the last ranks may hold fewer,
+or none.  Of each row a rank sends the sums over its own classes, from which every rank computes the
+same loss.  With x the logits of the row after scale and cap:
+
+    maximum   of x                          total   sum of exp(x - pivot)
+    x_target  x[target], 0 where it is another rank's
+    moment    sum of exp(x - pivot) (x - pivot)          first   place of the maximum
+    weighted  sum of w (x - pivot), w the weights of the classes
+
+pivot is the maximum, or 0 where that is -inf.  Maxima and totals travel apart because an lse,
+rounded, has lost what the loss of a likely target consists of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+# Chunks are those of this many classes, whatever the size of the shard: ranks whose shards differ
+# by mistake still meet in the same collectives.  256 rows on CPU, up to 4,096 on a GPU.
+CLASSES_OF_CHUNKS = 1 << 16
+
+# A prime below 2**24, up to which float32 holds every integer.
+_MODULUS = 8_388_593
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The classes of this process.
+
+    Attributes:
+        group: The processes that hold the others.
+        num_classes: V, of all ranks.
+        size: How many are here.
+    """
+
+    group: dist.ProcessGroup
+    num_classes: int
+    size: int
+
+    @classmethod
+    def of(cls, group: str, num_classes: int, size: int) -> Shard | None:
+        """The shard under the registered name of a group; None under no name: all are here."""
+        if not group:
+            return None
+        resolved = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        return cls(resolved, num_classes, size)
+
+    @property
+    def largest(self) -> int:
+        """S."""
+        return -(-self.num_classes // self.group.size())
+
+    @property
+    def first_class(self) -> int:
+        return min(self.group.rank() * self.largest, self.num_classes)
+
+    def of_classes(self, weight: Tensor) -> Tensor:
+        """The part of a ``(V,)`` tensor that belongs to the classes here."""
+        return weight[self.first_class : self.first_class + self.size]
+
+    def weight_sums(self, weight: Tensor | None, like: Tensor) -> Tensor:
+        """``(ranks, 1)``: the summed weights of each rank's classes, or their number."""
+        if weight is None:
+            return self._sizes(like)[:, None]
+        missing = self.group.size() * self.largest - self.num_classes
+        return F.pad(weight, (0, missing)).view(-1, self.largest).sum(1, keepdim=True)
+
+    def _sizes(self, like: Tensor) -> Tensor:
+        ranks = torch.arange(self.group.size(), device=like.device, dtype=like.dtype)
+        return (self.num_classes - ranks * self.largest).clamp_(0, self.largest)
+
+    def new_sums(self, like: Tensor, num_rows: int, *, smoothed: bool, need_stats: bool) -> Tensor:
+        """``(k, num_rows)`` for maximum, total, x_target[, moment, first][, weighted].
+
+        They are those of no classes, for whoever has any to overwrite.
+        """
+        sums = like.new_zeros(3 + 2 * need_stats + smoothed, num_rows)
+        sums[0] = -torch.inf
+        return sums
+
+    def gather(self, sums: Tensor, targets: Tensor) -> Tensor:
+        """``(ranks, k, rows)`` sums of all ranks, from those of this one.
+
+        NaN where ranks differ in what they must share, which is looked for on the device: shards
+        of other sizes, other targets.
+        """
+        places = torch.arange(1, targets.numel() + 1, device=targets.device)
+        mark = (targets * places).sum().remainder(_MODULUS).to(sums.dtype)
+        packed = torch.cat([sums.flatten(), mark[None], sums.new_full((1,), self.size)])
+        gathered = packed.new_empty(self.group.size(), packed.numel())
+        dist.all_gather(list(gathered), packed, group=self.group)
+        sizes, marks = gathered[:, -1], gathered[:, -2]
+        agree = (sizes == self._sizes(sums)).all() & (marks == mark).all()
+        everyones = gathered[:, : sums.numel()].reshape(len(gathered), *sums.shape)
+        return everyones.masked_fill_(~agree, torch.nan)
+
+    def add_up(self, x: Tensor) -> None:
+        """Replace ``x`` by its sum over the ranks."""
+        if x.numel():
+            dist.all_reduce(x, group=self.group)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of each row of a chunk, wide, whatever its target; predictions int64."""
+
+    losses: Tensor
+    maximum: Tensor
+    log_sum: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    predictions: Tensor
+
+
+def combine(
+    shard: Shard,
+    everyones: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    weight_sums: Tensor | None,
+    label_smoothing: float,
+) -> Known:
+    """The losses and statistics of ``(ranks, k, rows)`` sums.
+
+    Args:
+        everyones: What :meth:`Shard.gather` returned.
+        targets: ``(rows,)``; of one that is no class the results may be anything.
+        weight: ``(V,)`` wide, of the classes.
+        weight_sums: What :meth:`Shard.weight_sums` returned, where the loss is smoothed.
+        label_smoothing: 0 to 1.
+    """
+    maxima, totals, at_targets, *more = everyones.unbind(1)
+    maximum = maxima.amax(0)
+    pivot = _finite(maximum)
+    shares = (maxima - pivot).exp()
+    total = (shares * totals).sum(0)
+    # nothing but -inf: NaN, as in torch
+    total = torch.where(total > 0, total, torch.nan)
+    log_sum = total.log()
+    classes = targets.clamp(0, shard.num_classes - 1)
+    owner = classes.div(shard.largest, rounding_mode="floor")
+    # not from lse: rounded, it has lost what the loss of a likely target consists of
+    surprisal = log_sum - (at_targets.gather(0, owner[None])[0] - maximum)
+    losses = surprisal if weight is None else surprisal * weight[classes]
+    if weight_sums is not None:
+        weighted = more.pop()
+        uniform = weight_sums * (log_sum + (maximum - _finite(maxima))) - weighted
+        uniform = uniform.sum(0) * (label_smoothing / shard.num_classes)
+        losses = losses * (1 - label_smoothing) + uniform
+    if not more:
+        nothing = losses.new_empty(0)
+        predictions = torch.empty_like(nothing, dtype=torch.int64)
+        return Known(losses, maximum, log_sum, nothing, nothing, predictions)
+    moments, firsts = more
+    fall = torch.where(maxima == -torch.inf, 0.0, maxima - pivot)
+    entropy = log_sum - (shares * (moments + fall * totals)).sum(0) / total
+    # of equals the lowest rank's, whose classes come first
+    best = maxima.argmax(0, keepdim=True)
+    predictions = (best * shard.largest + firsts.gather(0, best).nan_to_num().long())[0]
+    return Known(losses, maximum, log_sum, -surprisal, entropy, predictions)
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """What sums are taken relative to: exp(-inf - -inf) is NaN."""
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
