@@ -208,13 +208,16 @@ def test_boundaries_may_be_64_bits_wide_and_shared(device, backend):
         assert_same_bits(run(*inputs, backend=backend, **given), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_more_documents_than_a_program_looks_at_in_one_step(device, backend):
-    inputs = attention_inputs(1, 40, 40, 1, 1, 8, device=device)
+def test_more_documents_than_a_program_looks_at_in_one_step(device):
+    query, key, value = attention_inputs(1, 30, 30, 1, 1, 8, device=device)
     # most are empty
-    ends = torch.randint(0, 39, (140,), generator=torch.Generator().manual_seed(0)).sort().values
+    ends = torch.randint(0, 29, (140,), generator=torch.Generator().manual_seed(0)).sort().values
     bounds = torch.cat([torch.zeros(1), ends]).to(device, torch.int32)
-    judge(*inputs, backend=backend, cu_seqlens_q=bounds)
+    out, expected = (
+        fastlm.causal_attention(query, key, value, cu_seqlens_q=bounds, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -327,19 +330,16 @@ def test_nothing_waits_for_the_device(device):
                 run(*inputs, backend=backend, **options(("window", "sinks", last), device))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_what_a_gpu_does_not_read_gives_the_same(device, backend, monkeypatch):
-    if backend == "triton":
-        pytest.skip("torch's way on a GPU")
+def test_what_torch_does_not_read_on_a_gpu_gives_the_same(device, monkeypatch):
     for last in ("packed", "padded"):
         inputs = attention_inputs(*sizes(), torch.float64, device)
         more = options(("window", "softcap", "sinks", last), device)
-        expected = run(*inputs, backend=backend, **more)
+        expected = run(*inputs, backend="torch", **more)
         with monkeypatch.context() as patch:
             patch.setattr(eager, "_blocks", lambda q, k, s, w, fused: list(
                 eager._unread_blocks(q, k, s, w)
             ))  # fmt: skip
-            results = run(*inputs, backend=backend, **more)
+            results = run(*inputs, backend="torch", **more)
         for got, want in zip(results, expected, strict=True):
             torch.testing.assert_close(got, want)
 
