@@ -111,8 +111,12 @@ def cases(
     without: tuple[str, ...] = (),
     dtypes: Any = DTYPES,
     kinds: tuple[str, ...] = ("layer", "logits"),
+    fewest_rows: int = 8,
 ) -> dict[str, Any]:
-    """What a case is made from; ``without`` names options it must not have."""
+    """What a case is made from; ``without`` names options it must not have.
+
+    ``fewest_rows`` is for what the tolerance rule judges: of a handful of numbers it says little.
+    """
     dtype = draw(st.sampled_from(dtypes))
     is_wide = dtype == torch.float64
     given = {name: draw(st.booleans()) for name in OPTIONS if name != "reduction"}
@@ -124,7 +128,7 @@ def cases(
         dtype=dtype,
         names=[name for name, is_given in given.items() if is_given and name not in without],
         reduction=draw(st.sampled_from(reductions)),
-        rows=draw(st.integers(2 if is_wide else 8, 10)),
+        rows=draw(st.integers(2, 10) if is_wide else st.integers(fewest_rows, fewest_rows + 2)),
         vocab_size=draw(st.integers(2 if is_wide else 8, 36)),
         chunk=draw(st.integers(3, 10)),
         seed=draw(st.integers(0, 2**20)),
@@ -287,7 +291,9 @@ def check_gradients_of_a_row_sum_to_that_of_its_lse(case: Case) -> None:
 
 ANY = cases()
 IN_FLOAT64 = cases(("softcap",), [torch.float64])
-INVARIANT = cases(("softcap", "z_loss"), [torch.float64, torch.float32], kinds=("logits",))
+INVARIANT = cases(
+    ("softcap", "z_loss"), [torch.float64, torch.float32], kinds=("logits",), fewest_rows=32
+)
 PROPERTIES = {
     "rows may be permuted": (check_rows_may_be_permuted, ANY),
     "classes may be permuted": (check_classes_may_be_permuted, ANY),
@@ -299,7 +305,7 @@ PROPERTIES = {
     ),
     "a constant may be added to a row": (check_a_constant_may_be_added_to_a_row, INVARIANT),
 }
-FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 
 
 def check_one(name: str, data: st.DataObject, device: str) -> None:
@@ -311,7 +317,7 @@ def check_one(name: str, data: st.DataObject, device: str) -> None:
 
 @pytest.mark.parametrize("name", PROPERTIES)
 @given(data=st.data())
-@settings(max_examples=12, derandomize=True, **FUZZ)
+@settings(max_examples=12, **FUZZ)
 def test_property(name, data, device):
     check_one(name, data, device)
 
