@@ -254,8 +254,9 @@ def call_plain(case: Case, mode: str) -> Outputs:
 
 def _outputs(provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Outputs:
     if mode == "fwd":
+        # detached: some compute gradients for whatever asks for them, even under no_grad
         with torch.no_grad():
-            return (provider(*inputs),)
+            return (provider(*(x.detach() for x in inputs)),)
     out = provider(*inputs)
     needing = [x for x in inputs if x.requires_grad]
     dout = torch.ones_like(out) if out.dim() == 0 else _cotangent(out)

@@ -91,8 +91,7 @@ class Shard:
         NaN where ranks differ in what they must share, which is looked for on the device: shards
         of other sizes, other targets.
         """
-        places = torch.arange(1, targets.numel() + 1, device=targets.device)
-        mark = (targets * places).sum().remainder(_MODULUS).to(sums.dtype)
+        mark = mark_of(targets).remainder(_MODULUS).to(sums.dtype)
         packed = torch.cat([sums.flatten(), mark[None], sums.new_full((1,), self.size)])
         gathered = packed.new_empty(self.group.size(), packed.numel())
         dist.all_gather(list(gathered), packed, group=self.group)
@@ -105,6 +104,13 @@ class Shard:
         """Replace ``x`` by its sum over the ranks."""
         if x.numel():
             dist.all_reduce(x, group=self.group)
+
+
+def mark_of(targets: Tensor) -> Tensor:
+    """An int64 scalar that other targets, or these in another order, hardly have."""
+    factors = torch.arange(1, targets.numel() + 1, device=targets.device) * 0x9E3779B97F4A7C1
+    factors = (factors ^ (factors >> 29)) * 0xBF58476D1CE4E5B
+    return (targets.flatten().long() * factors).sum()
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,30 @@ def test_a_window_over_everything_is_none(device, backend):
     assert_same_bits(run(*inputs, backend=backend, window_size=2**40), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_any_scale_of_square_calls_and_documents(device, backend, scale):
+    inputs = attention_inputs(*sizes(40, 40), device=device)
+    judge(*inputs, backend=backend, scale=scale)
+    judge(*inputs, backend=backend, scale=scale, cu_seqlens_q=tensor(0, 20, 40, device=device))
+
+
+@interpreted_only
+def test_a_block_that_its_document_does_not_need_reads_nothing():
+    """Programs are dealt by an upper bound, and a window must not send the spare ones anywhere."""
+
+    def check():
+        query, key, value = (guarded(x) for x in attention_inputs(1, 32, 32, 1, 1, 16))
+        for ends, window in (((0, 15, 32), 1), ((0, 12, 32), 13), ((0, 1, 17, 32), 5)):
+            bounds = torch.tensor(ends, dtype=torch.int32)
+            run(query, key, value, backend="triton", cu_seqlens_q=bounds, window_size=window)
+        start = torch.tensor([32], dtype=torch.int32)
+        short = guarded(query[:, :1])
+        run(short, key, value, backend="triton", key_start=start, window_size=4)
+
+    in_child(check)
+
+
 def per_document(tensors, bounds_q, bounds_k):
     """Each document of query, key, value, dout and dlse, as a call of its own."""
     query, key, value, dout, dlse = tensors
@@ -202,6 +226,10 @@ def test_boundaries_may_be_64_bits_wide_and_shared(device, backend):
     inputs = attention_inputs(*sizes(50, 50), device=device)
     bounds = tensor(0, 9, 40, device=device)
     expected = run(*inputs, backend=backend, cu_seqlens_q=bounds, cu_seqlens_k=bounds.clone())
+    everything = torch.tensor([2**63 - 1], device=device)
+    assert_same_bits(
+        run(*inputs, backend=backend, key_end=everything), run(*inputs, backend=backend)
+    )
     for given in ({"cu_seqlens_q": bounds.long()}, dict.fromkeys(
         ("cu_seqlens_q", "cu_seqlens_k"), bounds
     )):  # fmt: skip
@@ -231,6 +259,11 @@ def test_a_sink_is_a_key_without_a_value(device, backend):
     torch.testing.assert_close(lse, torch.logaddexp(before, sinks[:, None]))
     share = (before - lse).exp().transpose(1, 2)[..., None]
     torch.testing.assert_close(out, without * share)
+    # of any strides
+    spread = torch.stack([sinks, sinks + 9], 1)[:, 0]
+    assert torch.equal(
+        fastlm.causal_attention(query, key, value, sinks=spread, backend=backend), out
+    )
     # one of -inf is none
     nothing = torch.full_like(sinks, -torch.inf)
     same = fastlm.causal_attention(
@@ -248,6 +281,11 @@ def test_queries_that_see_a_sink_alone(device, backend):
     torch.testing.assert_close(lse[..., :21], sinks[:, None].expand(-1, 21)[None])
     assert not dquery[:, :21].any()
     assert dsinks.isfinite().all()
+    # nothing is seen at all
+    results = run(query, key, value, backend=backend, sinks=torch.full_like(sinks, -torch.inf))
+    assert not results[0][:, :21].any()
+    assert (results[1][..., :21] == -torch.inf).all()
+    assert not results[-1].any()
 
 
 # in random directions first: all of the Jacobian takes a minute in the interpreter
@@ -336,9 +374,9 @@ def test_what_torch_does_not_read_on_a_gpu_gives_the_same(device, monkeypatch):
         more = options(("window", "softcap", "sinks", last), device)
         expected = run(*inputs, backend="torch", **more)
         with monkeypatch.context() as patch:
-            patch.setattr(eager, "_blocks", lambda q, k, s, w, fused: list(
-                eager._unread_blocks(q, k, s, w)
-            ))  # fmt: skip
+            patch.setattr(
+                eager, "_blocks", lambda q, k, s, scale, w, fused: eager._unread_blocks(q, k, s, w)
+            )
             results = run(*inputs, backend="torch", **more)
         for got, want in zip(results, expected, strict=True):
             torch.testing.assert_close(got, want)
@@ -347,17 +385,19 @@ def test_what_torch_does_not_read_on_a_gpu_gives_the_same(device, monkeypatch):
 @interpreted_only
 @pytest.mark.parametrize(
     "bounds",
-    [(5, 9, 40), (0, 30, 20), (0, -7, 50), (-(2**31), 2**31 - 1, 0), (99, 99, 99)],
+    [(5, 9, 40), (0, 30, 20), (0, -7, 50), (-(2**31), 2**31 - 1, 0), (99,) * 3, (0, 5, -(2**31))],
     ids=str,
-)
+)  # fmt: skip
 def test_wrong_boundaries_reach_no_memory_beyond_the_tensors(bounds):
     def check():
-        inputs = [guarded(x) for x in attention_inputs(1, 50, 50, 1, 1, 16)]
         ends = guarded(torch.tensor(bounds, dtype=torch.int32))
-        dout, dlse = map(guarded, upstream(inputs[0], inputs[2]))
-        run(*inputs, backend="triton", dout=dout, dlse=dlse, cu_seqlens_q=ends)
         start, end = guarded(ends[1:2]), guarded(ends[2:])
-        run(*inputs, backend="triton", dout=dout, dlse=dlse, key_start=start, key_end=end)
+        for length in (50, 10):
+            inputs = [guarded(x) for x in attention_inputs(1, length, length, 1, 1, 16)]
+            dout, dlse = map(guarded, upstream(inputs[0], inputs[2]))
+            more = {"backend": "triton", "dout": dout, "dlse": dlse, "window_size": 7}
+            run(*inputs, cu_seqlens_q=ends, **more)
+            run(*inputs, key_start=start, key_end=end, **more)
 
     in_child(check)
 
@@ -411,6 +451,11 @@ BOUNDS = torch.tensor([0, 3, 5], dtype=torch.int32)
         ({"key_end": BOUNDS}, ValueError, r"key_end must have shape \(1,\) to match query"),
         ({"key_end": BOUNDS[:1].to("meta")}, ValueError, "key_end must be on the device of query"),
         ({"cu_seqlens_q": BOUNDS + 1}, ValueError, r"must begin with 0, .*, got \[1, 4, 6\]"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 2**32 + 5])},
+            ValueError,
+            "must begin with 0, never fall and end by 5",
+        ),
         ({"cu_seqlens_q": BOUNDS * 2}, ValueError, r"end by 5, got \[0, 6, 10\]"),
         ({"cu_seqlens_q": BOUNDS.flip(0) - 5}, ValueError, "must begin with 0, never fall"),
     ],

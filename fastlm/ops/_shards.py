@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlm.kernels._shards import mark_of
 from fastlm.ops._checks import PLAIN, check_shape, check_tensor, check_that
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def sharded_call(
     if not torch.compiler.is_compiling() and all(
         type(x) in PLAIN and x.is_cpu for x in (input, linear_weight, target)
     ):
-        _check_agreement(op, input, linear_weight, target, group, num_classes)
+        _check_agreement(op, input, linear_weight, linear_bias, target, group, num_classes)
     check_that(op, "linear_weight", num_classes > 0, "have at least one class", "V = 0")
     return ShardedCall(
         input, linear_weight, linear_bias, target, weight, group.group_name, num_classes
@@ -140,23 +141,28 @@ def _check_agreement(
     op: str,
     input: Tensor,
     linear_weight: Tensor,
+    linear_bias: Tensor | None,
     target: Tensor,
     group: dist.ProcessGroup,
     num_classes: int,
 ) -> None:
     """Compare what the ranks have, and raise on all of them or on none."""
-    places = torch.arange(1, target.numel() + 1)
-    mark = (target.flatten().long() * places).sum()
-    mine = torch.stack([
-        torch.tensor(linear_weight.shape[0]), torch.tensor(input.numel()), mark,
-    ])  # fmt: skip
-    all_of = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_of, mine, group=group)
-    sizes, numels, marks = torch.stack(all_of, 1)
+    mine = {
+        "linear_weight": linear_weight.shape[0],
+        "input": input.numel(),
+        "input's width": linear_weight.shape[-1],
+        "input's dtype": input.itemsize,
+        "input's need of a gradient": int(input.requires_grad and torch.is_grad_enabled()),
+        "linear_bias": -1 if linear_bias is None else linear_bias.numel() - linear_weight.shape[0],
+        "target": int(mark_of(target)),
+    }
+    all_of = [torch.empty(len(mine), dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_of, torch.tensor(list(mine.values())), group=group)
+    sizes, *rest = torch.stack(all_of, 1)
     largest = -(-num_classes // len(all_of))
     expected = (num_classes - largest * torch.arange(len(all_of))).clamp(0, largest)
     even, shown = torch.equal(sizes, expected), [int(size) for size in sizes]
     check_that(op, "linear_weight", even, "be split evenly over the ranks", f"{shown} classes")
-    for name, found in (("input", numels), ("target", marks)):
+    for name, found in zip(list(mine)[1:], rest, strict=True):
         same = bool((found == found[0]).all())
         check_that(op, name, same, "be the same on all ranks", "one that differs")

@@ -24,6 +24,7 @@ from fastlm.ops._checks import (
 from fastlm.ops._define import define_op
 
 MAX_HEAD_DIM = 256
+_INT32_MAX = 2**31 - 1
 Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 BACKENDS = {
     "triton": "fastlm.kernels.attention",
@@ -57,10 +58,9 @@ def causal_attention(
     https://arxiv.org/abs/2307.08691).  The triton backend copies no input and gives the same bits
     in every run, and a sequence the same bits whatever is packed, padded or batched with it; the
     torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs without
-    instructions for them, values whose head_dim is not query's.  On CPU it also allocates a
-    ``(T, S)`` mask of scores where T != S and T > 1.  A NaN or infinity may also spoil positions
-    that do not see it, 0 * NaN being NaN: with reference none, with triton no lse and nothing 256
-    positions away or further, with torch any.
+    instructions for them, values whose head_dim is not query's.  A NaN or infinity may also spoil
+    positions that do not see it, 0 * NaN being NaN: with reference none, with triton no lse and
+    nothing 256 positions away or further, with torch any.
 
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; D from 1 to 256.
@@ -72,8 +72,8 @@ def causal_attention(
             (Beltagy et al., 2020, https://arxiv.org/abs/2004.05150); at least 1.
         softcap: Positive: scores become ``softcap * tanh(score / softcap)`` (Gemma 2,
             https://arxiv.org/abs/2408.00118, section 2).
-        sinks: ``(H,)``, any float dtype: the score of one more key, whose value is 0, for every
-            query of a head; learnable (Agarwal et al., 2025, https://arxiv.org/abs/2508.10925).
+        sinks: ``(H,)``, any float dtype, below infinity: the score of one more key, whose value is
+            0, for every query of a head; learnable (Agarwal et al., 2025, https://arxiv.org/abs/2508.10925).
         cu_seqlens_q: ``(documents + 1,)`` int32 or int64, on the device, for B == 1: document d has
             the queries from ``cu_seqlens_q[d]`` to ``cu_seqlens_q[d + 1]``, and sees its own keys
             alone, aligned at their ends.  Begins with 0, never falls, and ends by T; documents may
@@ -104,6 +104,10 @@ def causal_attention(
         sequences = _check_sequences(query, key, *sequences)
     if window_size is not None or softcap is not None or sinks is not None:
         _check_options(query, window_size, softcap, sinks)
+    if window_size is not None:
+        window_size = min(int(window_size), _INT32_MAX)
+    if softcap is not None:
+        softcap = float(softcap)
     if torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -216,7 +220,7 @@ def _check_sequences(
     if cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # the compiler takes no tensor twice
     cu_seqlens_q, cu_seqlens_k, key_start, key_end = (
-        None if x is None else x.int().contiguous()
+        None if x is None else x.clamp(-_INT32_MAX, _INT32_MAX).int().contiguous()
         for x in (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
     )
     return cu_seqlens_q, cu_seqlens_k, key_start, key_end

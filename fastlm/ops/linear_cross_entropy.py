@@ -150,8 +150,10 @@ def linear_cross_entropy(
     Raises:
         ValueError: Shapes or devices do not match, a number is out of range, a name is not known,
             ``num_items`` is given together with ``reduction="none"``, or a DTensor is placed
-            otherwise.  On CPU, also where ranks differ in ``input``'s size, in ``target`` or in the
-            number of their classes; elsewhere the loss is then NaN.
+            otherwise.  On CPU, outside ``torch.compile``, also on every rank where ranks differ in
+            the size, width or need of a gradient of ``input``, in ``target``, ``linear_bias`` or
+            the number of their classes.  Elsewhere other targets or classes make the loss NaN;
+            other sizes are an error, or a wait, of the collectives.
         TypeError: A dtype is not one of those above, dtypes differ outside autocast, or
             ``process_group`` is not one of this process.
         IndexError: A target is out of range and the torch or reference backend runs on CPU.  In a

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    LENGTHS,
     LOG2_E,
     capped,
     key_range,
@@ -68,7 +69,7 @@ def delta_kernel(
     tl.store(delta_ptr + statistics, delta, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dkdv_kernel(
     q_ptr,  # (B, T, H, HEAD_DIM)
     k_ptr,  # (B, S, H / group_size, HEAD_DIM)
@@ -112,6 +113,7 @@ def dkdv_kernel(
     HAS_END: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FAST_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -149,23 +151,23 @@ def dkdv_kernel(
         dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
         stride_oh, group_size, num_queries,
         start, unmasked_start, q_count, k_count, offset, window, inner, outer,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-        MASKED=True,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+        FAST_CAP, PRECISION, MASKED=True,
     )  # fmt: skip
     dk, dv = _gather_dkdv(
         dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
         stride_oh, group_size, num_queries,
         unmasked_start, unmasked_end, q_count, k_count, offset, window, inner, outer,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-        MASKED=False,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+        FAST_CAP, PRECISION, MASKED=False,
     )  # fmt: skip
     if HAS_WINDOW:
         dk, dv = _gather_dkdv(
             dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr,
             stride_qt, stride_qh, stride_ot, stride_oh, group_size, num_queries,
             unmasked_end, end, q_count, k_count, offset, window, inner, outer,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-            MASKED=True,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+            FAST_CAP, PRECISION, MASKED=True,
         )  # fmt: skip
 
     row = (batch * num_keys + k_token) * kv_heads + kv_head
@@ -208,6 +210,7 @@ def _gather_dkdv(
     ACC: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FAST_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -224,7 +227,7 @@ def _gather_dkdv(
         lse = _lse_log2(lse_ptr + member * head_stride, queries, num_queries)
         seen = visible(queries[None, :], keys[:, None], num_keys, offset, window, HAS_WINDOW)
         p, slope = _probabilities(
-            scores, seen, lse[None, :], inner, outer, q.dtype, HAS_SOFTCAP, MASKED
+            scores, seen, lse[None, :], inner, outer, HAS_SOFTCAP, FAST_CAP, MASKED
         )
         dout = load_rows(
             dout_ptr + member * stride_oh, queries, num_queries, stride_ot, VALUE_DIM, BLOCK_V, True
@@ -243,7 +246,7 @@ def _gather_dkdv(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
     q_ptr,  # (B, T, H, HEAD_DIM)
     k_ptr,  # (B, S, H / group_size, HEAD_DIM)
@@ -285,6 +288,7 @@ def dq_kernel(
     HAS_END: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FAST_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -321,20 +325,20 @@ def dq_kernel(
         dq = _gather_dq(
             dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
             start, tl.minimum(unmasked_start, end), k_count, offset, window, inner, outer,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-            MASKED=True,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+            FAST_CAP, PRECISION, MASKED=True,
         )  # fmt: skip
     dq = _gather_dq(
         dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
         unmasked_start, unmasked_end, k_count, offset, window, inner, outer,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-        MASKED=False,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+        FAST_CAP, PRECISION, MASKED=False,
     )  # fmt: skip
     dq = _gather_dq(
         dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
         unmasked_end, end, k_count, offset, window, inner, outer,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-        MASKED=True,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+        FAST_CAP, PRECISION, MASKED=True,
     )  # fmt: skip
 
     dq_ptr += ((batch * num_queries + q_token) * heads + head % heads) * HEAD_DIM
@@ -368,6 +372,7 @@ def _gather_dq(
     ACC: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FAST_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -378,7 +383,7 @@ def _gather_dq(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         seen = visible(queries[:, None], keys[None, :], num_keys, offset, window, HAS_WINDOW)
         p, slope = _probabilities(
-            scores, seen, lse[:, None], inner, outer, q.dtype, HAS_SOFTCAP, MASKED
+            scores, seen, lse[:, None], inner, outer, HAS_SOFTCAP, FAST_CAP, MASKED
         )
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         ds = p * (dp - delta[:, None])
@@ -393,13 +398,13 @@ def _gather_dq(
 
 @triton.jit
 def _probabilities(
-    products, seen, lse, inner, outer, dtype: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    products, seen, lse, inner, outer,
+    HAS_SOFTCAP: tl.constexpr, FAST_CAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """p, and the slope of the softcap; products and lse broadcast against each other."""
     slope = products
     if HAS_SOFTCAP:
-        products = capped(products * inner, dtype.primitive_bitwidth == 16)
+        products = capped(products * inner, FAST_CAP)
         slope = 1.0 - products * products
     scores = products * outer - lse
     if MASKED:

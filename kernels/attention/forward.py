@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    LENGTHS,
     LOG2_E,
     capped,
     key_range,
@@ -31,7 +32,7 @@ from .tiles import (
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q_ptr,  # (B, T, H, HEAD_DIM)
     k_ptr,  # (B, S, H / group_size, HEAD_DIM)
@@ -69,6 +70,7 @@ def forward_kernel(
     HAS_END: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FAST_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -112,19 +114,19 @@ def forward_kernel(
             acc, row_max, row_sum, q, queries, k_ptr, v_ptr, stride_ks, stride_vs,
             start, tl.minimum(unmasked_start, end), k_count, offset, window, inner, outer,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
-            PRECISION, MASKED=True,
+            FAST_CAP, PRECISION, MASKED=True,
         )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, queries, k_ptr, v_ptr, stride_ks, stride_vs,
         unmasked_start, unmasked_end, k_count, offset, window, inner, outer,
         HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
-        PRECISION, MASKED=False,
+        FAST_CAP, PRECISION, MASKED=False,
     )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, queries, k_ptr, v_ptr, stride_ks, stride_vs,
         unmasked_end, end, k_count, offset, window, inner, outer,
         HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
-        PRECISION, MASKED=True,
+        FAST_CAP, PRECISION, MASKED=True,
     )  # fmt: skip
 
     # a row that sees no key has a sum of 0 and a maximum of -inf: out 0, lse -inf
@@ -163,6 +165,7 @@ def _attend(
     ACC: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FAST_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -171,7 +174,7 @@ def _attend(
         k = load_rows(k_ptr, keys, num_keys, stride_ks, HEAD_DIM, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if HAS_SOFTCAP:
-            scores = capped(scores * inner, q.dtype.primitive_bitwidth == 16)
+            scores = capped(scores * inner, FAST_CAP)
         if MASKED:
             seen = visible(queries[:, None], keys[None, :], num_keys, offset, window, HAS_WINDOW)
             scores = tl.where(seen, scores, float("-inf"))

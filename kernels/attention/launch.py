@@ -65,14 +65,15 @@ def forward(
         (batch, heads, num_queries), dtype=torch.promote_types(query.dtype, torch.float32)
     )
     sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, key_start, key_end)
-    options = _options(query, value, num_keys, window_size, softcap)
+    sinks = None if sinks is None else sinks.contiguous()
+    options = _options(query, value, window_size, softcap)
     plan = _plan("forward", query, value, options["HAS_WINDOW"])
     launch(
         forward_kernel, (sequences.query_blocks(num_queries, plan.block_m) * batch * heads,),
         query, key, value, out, lse, sinks, *sequences.tensors,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch * heads, heads, heads // kv_heads, num_queries, num_keys,
-        sequences.documents, window_size or 0,
+        sequences.documents, _window(window_size, query, key),
         _section(query, key, value), scale, softcap or 1.0,
         HAS_SINKS=sinks is not None, **sequences.flags,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
@@ -111,8 +112,8 @@ def backward(
     sequences = _Sequences(cu_seqlens_q, cu_seqlens_k, key_start, key_end)
     dquery, dkey, dvalue, dsinks = (x.new_empty(0) for x in (query, key, value, lse))
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3])
-    sizes = (num_queries, num_keys, sequences.documents, window_size or 0)
-    options = {**sequences.flags, **_options(query, value, num_keys, window_size, softcap)}
+    sizes = (num_queries, num_keys, sequences.documents, _window(window_size, query, key))
+    options = {**sequences.flags, **_options(query, value, window_size, softcap)}
     if need_dkey_dvalue:
         # keys that are padding belong to no sequence, and nothing else writes theirs
         new = torch.zeros if sequences.is_padded else torch.empty
@@ -142,6 +143,7 @@ def backward(
     if need_dsinks and sinks is not None:
         # of a key without value: its probability times -delta, for each query
         dsinks = (sinks.to(lse.dtype)[:, None] - lse).exp_().mul_(delta).neg_()
+        dsinks.masked_fill_(lse == -torch.inf, 0.0)
     return dquery, dkey, dvalue, dsinks
 
 
@@ -199,7 +201,7 @@ def _plan(step: str, query: Tensor, value: Tensor, has_window: bool = False) -> 
 
 
 def _options(
-    query: Tensor, value: Tensor, num_keys: int, window_size: int | None, softcap: float | None
+    query: Tensor, value: Tensor, window_size: int | None, softcap: float | None
 ) -> dict[str, Any]:
     """The compile-time values that are neither in the plan nor about sequences."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]
@@ -207,8 +209,11 @@ def _options(
     return {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "HAS_WINDOW": window_size is not None and window_size < num_keys,
+        # whatever the lengths are, so that they change no bit of a document
+        "HAS_WINDOW": window_size is not None,
         "HAS_SOFTCAP": softcap is not None,
+        # where its error stays below what a score is rounded to
+        "FAST_CAP": softcap is not None and softcap <= 128.0 and query.itemsize == 2,
         "PRECISION": "tf32" if tf32 else "ieee",
         "BLOCK_D": _block(head_dim),
         "BLOCK_V": _block(value_dim),
@@ -219,6 +224,11 @@ def _options(
 def _block(dim: int) -> int:
     """A product needs 16 columns or more."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def _window(window_size: int | None, query: Tensor, key: Tensor) -> int:
+    """In 32 bits: more than there is makes no difference."""
+    return 0 if window_size is None else min(window_size, query.shape[1] + key.shape[1])
 
 
 def _section(query: Tensor, key: Tensor, value: Tensor) -> int:

@@ -12,6 +12,8 @@ import triton.language as tl
 
 from .._losses import tanh
 
+# what varies from batch to batch: Triton would compile anew for 1, and for multiples of 16
+LENGTHS = ["num_queries", "num_keys", "num_documents", "window", "heads_per_section"]
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -161,7 +163,7 @@ def document_bounds(document, bounds_ptr, num_documents, num_tokens):
     first = tl.load(bounds_ptr + document)
     end = tl.load(bounds_ptr + document + 1, mask=document < num_documents, other=num_tokens)
     first = tl.minimum(tl.maximum(first, 0), num_tokens)
-    return first, tl.maximum(tl.minimum(end, num_tokens) - first, 0)
+    return first, tl.minimum(tl.maximum(end, first), num_tokens) - first
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def key_range(
         start = tl.maximum(past_first - window, 0) // BLOCK_N * BLOCK_N
         unmasked_end = tl.maximum(unmasked_end, start)
         unmasked_start = tl.cdiv(tl.maximum(past_last - window, 0), BLOCK_N) * BLOCK_N
-        unmasked_start = tl.minimum(unmasked_start, unmasked_end)
+        unmasked_start = tl.minimum(tl.maximum(unmasked_start, start), unmasked_end)
     return start, unmasked_start, unmasked_end, end
 
 
@@ -235,7 +237,7 @@ def score_factors(scale, softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def capped(x, FAST: tl.constexpr):
-    """tanh; FAST is off by 1e-7 near 0, which no score of a narrow product shows."""
+    """tanh; FAST is off by 1e-7 near 0."""
     if FAST:
         return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
     else:

@@ -81,4 +81,5 @@ def _probabilities_(scores: Tensor, lse: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
     """``(B, H, T, D)`` to ``(B, G, H / G * T, D)``: heads that share keys multiply them at once."""
-    return x.reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
+    batch, heads, length, width = x.shape
+    return x.reshape(batch, k.shape[1], heads // k.shape[1] * length, width)

@@ -8,7 +8,7 @@ softcap anywhere and most options on CUDA, is written out a block at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +42,9 @@ def forward(
     value_dim = value.shape[-1]
     width = width_of(query.shape[-1], value_dim, query)
     fused = _is_fused(query, width, sequences, scale, window_size, softcap)
-    blocks = _blocks(query, key, sequences, window_size, fused)
+    blocks = _blocks(query, key, sequences, scale, window_size, fused)
     q, k, v = (_heads(x, width, fused) for x in (query, key, value))
-    if len(blocks) == 1 and blocks[0].covers(query, key):
+    if _is_one(blocks, query, key):
         out, lse = _attend(blocks[0], q, k, v, scale, softcap, fused)
         out, lse = finish(out, query, value_dim), lse.contiguous()
     else:
@@ -58,9 +58,10 @@ def forward(
             out.transpose(1, 2)[block.queries] = part[..., :value_dim]
     if sinks is not None:
         # one more key, without a value
-        sink = sinks.to(lse.dtype)[:, None]
-        out = (out * (lse - sink).sigmoid().transpose(1, 2)[..., None]).to(out.dtype)
-        lse = torch.logaddexp(lse, sink)
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        share = (lse - total).exp_().masked_fill_(lse == -torch.inf, 0.0)
+        out = (out * share.transpose(1, 2)[..., None]).to(out.dtype)
+        lse = total
     return out, lse
 
 
@@ -89,7 +90,7 @@ def backward(
     value_dim = value.shape[-1]
     width = width_of(query.shape[-1], value_dim + (dlse is not None), query)
     fused = _is_fused(query, width, sequences, scale, window_size, softcap)
-    blocks = _blocks(query, key, sequences, window_size, fused)
+    blocks = _blocks(query, key, sequences, scale, window_size, fused)
     q, k, v, do, o = (_heads(x, width, fused) for x in (query, key, value, dout, out))
     if dlse is not None and fused:
         # a value column of ones adds dlse to each dout value^T, which is what the lse asks for;
@@ -102,7 +103,7 @@ def backward(
         tensors = (do[at], None if dlse is None else dlse[at], q[at], k[seen], v[seen], o[at])
         return _attend_backward(block, *tensors, lse[at], scale, softcap, fused)
 
-    if len(blocks) == 1 and blocks[0].covers(query, key):
+    if _is_one(blocks, query, key):
         grads = of_block(blocks[0])
     else:
         grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -121,6 +122,7 @@ def backward(
         if dlse is not None:
             delta = delta - dlse
         dsinks = (sinks.to(lse.dtype)[:, None] - lse).exp_().mul_(delta).neg_()
+        dsinks.masked_fill_(lse == -torch.inf, 0.0)
     return dquery, dkey, dvalue, dsinks
 
 
@@ -138,9 +140,12 @@ def _is_fused(
     if not query.is_cuda:
         return query.is_cpu
     has_options = window_size is not None or any(x is not None for x in sequences)
-    # it masks scores before it scales them, so the sign and zero matter
-    usual_scale = scale >= torch.finfo(torch.float32).tiny
-    return query.itemsize == 2 and usual_scale and width <= 256 and not has_options
+    return query.itemsize == 2 and _fuses_causal(scale) and width <= 256 and not has_options
+
+
+def _fuses_causal(scale: float) -> bool:
+    """torch's causal kernels mask scores before they scale them, and -inf times 0 is NaN."""
+    return scale >= torch.finfo(torch.float32).tiny
 
 
 def _heads(x: Tensor, width: int, fused: bool) -> Tensor:
@@ -212,21 +217,31 @@ _ALL = (slice(None), slice(None), slice(None))
 _SQUARE = _Block(_ALL, _ALL, causal=True)
 
 
+def _is_one(blocks: Iterable[_Block], query: Tensor, key: Tensor) -> bool:
+    return isinstance(blocks, list) and len(blocks) == 1 and blocks[0].covers(query, key)
+
+
 def _blocks(
-    query: Tensor, key: Tensor, sequences: Sequences, window_size: int | None, fused: bool
-) -> list[_Block]:
+    query: Tensor,
+    key: Tensor,
+    sequences: Sequences,
+    scale: float,
+    window_size: int | None,
+    fused: bool,
+) -> Iterable[_Block]:
     cu_seqlens_q, _, key_start, key_end = sequences
     is_divided = not (cu_seqlens_q is key_start is key_end is None)
     is_square = query.shape[1] == key.shape[1] > 1 and query.shape[0] > 0
-    if fused and is_square and window_size is None and not is_divided:
+    fuses_causal = fused and _fuses_causal(scale)
+    if fuses_causal and is_square and window_size is None and not is_divided:
         return [_SQUARE]  # what most calls are, and where each microsecond counts
     if is_divided and not query.is_cpu:
-        return list(_unread_blocks(query, key, sequences, window_size))
+        return _unread_blocks(query, key, sequences, window_size)
     masks: dict[tuple[int, ...], Tensor] = {}
     return [
         block
         for sequence in _sequences(query, key, sequences)
-        for block in _blocks_of(sequence, query, window_size, fused, masks)
+        for block in _blocks_of(sequence, query, window_size, fused, fuses_causal, masks)
     ]
 
 
@@ -279,6 +294,7 @@ def _blocks_of(
     query: Tensor,
     window_size: int | None,
     fused: bool,
+    fuses_causal: bool,
     masks: dict[tuple[int, ...], Tensor],
 ) -> Iterator[_Block]:
     num_queries, num_keys, offset = sequence.num_queries, sequence.num_keys, sequence.offset
@@ -287,9 +303,9 @@ def _blocks_of(
         return
     if window_size is None or window_size >= num_queries + offset:
         window_size = num_queries + offset
-        aligned = offset + num_queries == num_keys
+        causal = num_queries - first > 1
+        aligned = offset + num_queries == num_keys and (fuses_causal or not causal)
         if fused and aligned and (query.is_cuda or num_queries - first in (1, num_keys)):
-            causal = num_queries - first > 1
             yield sequence.block(first, num_queries, 0, num_keys, causal=causal)
             return
     # the queries after it see no key any more

@@ -35,7 +35,7 @@ def forward(
         top, indices[rows] = torch.topk(z, k)
         maximum = top[:, :1]
         # in two steps: their sum, rounded, has lost what a likely class is judged by
-        log_sum = (z - maximum).exp_().sum(1, keepdim=True).log_()
+        log_sum = z.sub_(maximum).exp_().sum(1, keepdim=True).log_()
         logprobs[rows] = (top - maximum).sub_(log_sum)
     shape = (*input.shape[:-1], k)
     return logprobs.view(shape), indices.view(shape)

@@ -127,7 +127,8 @@ def _backward(
     if sinks is None:
         return dq, dk, dv, None
     # a key whose value is 0
-    return dq, dk, dv, -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta)
+    dsinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta)
+    return dq, dk, dv, dsinks.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _needed(
