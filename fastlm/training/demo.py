@@ -33,4 +33,6 @@ def demo_config(
         num_hidden_layers=4,
         intermediate_size=384,
         batch_size=4,
+        lr=0.02,
+        embedding_lr=0.01,
     )
