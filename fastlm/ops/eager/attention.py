@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ def forward(
     fused = _is_fused(query, width, sequences, scale, window_size, softcap)
     blocks = _blocks(query, key, sequences, scale, window_size, fused)
     q, k, v = (_heads(x, width, fused) for x in (query, key, value))
-    if _is_one(blocks, query, key):
-        out, lse = _attend(blocks[0], q, k, v, scale, softcap, fused)
+    if (only := _only(blocks, query, key)) is not None:
+        out, lse = _attend(only, q, k, v, scale, softcap, fused)
         out, lse = finish(out, query, value_dim), lse.contiguous()
     else:
         batch, num_queries, heads, _ = query.shape
@@ -103,8 +104,8 @@ def backward(
         tensors = (do[at], None if dlse is None else dlse[at], q[at], k[seen], v[seen], o[at])
         return _attend_backward(block, *tensors, lse[at], scale, softcap, fused)
 
-    if _is_one(blocks, query, key):
-        grads = of_block(blocks[0])
+    if (only := _only(blocks, query, key)) is not None:
+        grads = of_block(only)
     else:
         grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         for block in blocks:
@@ -217,8 +218,11 @@ _ALL = (slice(None), slice(None), slice(None))
 _SQUARE = _Block(_ALL, _ALL, causal=True)
 
 
-def _is_one(blocks: Iterable[_Block], query: Tensor, key: Tensor) -> bool:
-    return isinstance(blocks, list) and len(blocks) == 1 and blocks[0].covers(query, key)
+def _only(blocks: Iterable[_Block], query: Tensor, key: Tensor) -> _Block | None:
+    """The block that is all there is, if one is."""
+    if isinstance(blocks, list) and len(blocks) == 1 and blocks[0].covers(query, key):
+        return blocks[0]
+    return None
 
 
 def _blocks(
@@ -259,7 +263,7 @@ class _Sequence:
     num_keys: int
     offset: int
 
-    def block(self, start: int, stop: int, low: int, high: int, **mask: bool | Tensor) -> _Block:
+    def block(self, start: int, stop: int, low: int, high: int, **mask: Any) -> _Block:
         every = slice(None)
         queries = slice(self.first_query + start, self.first_query + stop)
         keys = slice(self.first_key + low, self.first_key + high)

@@ -252,7 +252,7 @@ def truth_backward(
         dquery[at.queries] = dq
         dkey[at.keys] += dk
         dvalue[at.keys] += dv
-        if dsinks is not None:
+        if dsinks is not None and ds is not None:
             dsinks[at.rows] = ds
     needs = (need_dquery, need_dkey_dvalue, need_dkey_dvalue, need_dsinks)
     wide = (query.new_empty(0, dtype=torch.float64),) * 4
