@@ -80,7 +80,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         ("steps", 1.5, "be a whole number"),
         ("steps", True, "be a whole number"),
         ("steps", None, "be a whole number"),
-        ("warmup", 521, "be at most steps 520"),
+        ("warmup", 421, "be at most steps 420"),
         ("decay", 1.1, "be at least 0 and at most 1"),
         ("schedule", "square", "be one of linear, cosine"),
         ("tokenizer", "words", "be one of bpe, char"),
