@@ -34,12 +34,15 @@ _HOMES = {
     "load": "fastlm.inference.language_model",
     "nn": "",
     "rms_norm": "fastlm.functional",
+    "scaled_dot_product_attention": "fastlm.functional",
     "swiglu": "fastlm.functional",
     "testing": "",
     "train": "fastlm.training.loop",
+    "use_as_sdpa": "fastlm.compat.provider",
 }
 
 if TYPE_CHECKING:
+    from fastlm.compat.provider import use_as_sdpa
     from fastlm.functional import (
         KernelMismatch,
         LossStats,
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
         linear_logprobs,
         linear_top_k,
         rms_norm,
+        scaled_dot_product_attention,
         swiglu,
     )
     from fastlm.inference.language_model import LanguageModel, load
@@ -85,8 +89,10 @@ __all__ = [
     "linear_top_k",
     "load",
     "rms_norm",
+    "scaled_dot_product_attention",
     "swiglu",
     "train",
+    "use_as_sdpa",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastlm.compat.sdpa import scaled_dot_product_attention
 from fastlm.ops import _explain
 from fastlm.ops._checked import KernelMismatch, checked
 from fastlm.ops._checks import check_choice
@@ -31,13 +32,28 @@ OPS = {
     )
 }
 
-__all__ = ["Explanation", "KernelMismatch", "LossStats", "TopK", "checked", "explain", *OPS]
+# Functions that have no backends and hand each call on, to one of those above or to torch's own.
+ROUTERS = {op.__name__: op for op in (scaled_dot_product_attention,)}
+
+__all__ = [
+    "Explanation",
+    "KernelMismatch",
+    "LossStats",
+    "TopK",
+    "checked",
+    "explain",
+    *OPS,
+    *ROUTERS,
+]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would run ``fastlm.<op>(*args, **kwargs)`` and why the others would not.
 
-    Nothing is computed and no memory is allocated.  Print the result, or read ``steps``.
+    Of a function that hands its calls on, say where to and why.
+
+    Nothing is computed and no memory is allocated.  Print the result, or read ``steps``
+    and ``route``.
 
     Args:
         op: Name of a public op, ``"causal_attention"`` for example.
@@ -47,5 +63,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ValueError: ``op`` is not one of ours, or the op itself would raise it for these arguments.
     """
-    check_choice("explain", "op", op, tuple(OPS))
-    return _explain.explain(OPS[op], *args, **kwargs)
+    known = OPS | ROUTERS
+    check_choice("explain", "op", op, tuple(known))
+    return _explain.explain(known[op], *args, **kwargs)

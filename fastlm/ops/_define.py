@@ -1,4 +1,4 @@
-"""Register an op with PyTorch.  The only file that touches ``torch.library``."""
+"""Register an op with PyTorch.  The only file that defines operators."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Other libraries' attention, called as they are and computed by ours."""
