@@ -277,21 +277,21 @@ def test_refuses_options_that_torch_refuses(options):
         sdpa(query, query, query, None, 0.0, True, 0.5)
 
 
-def test_compiled_calls(device):
+def test_compiled_calls_give_the_same(device):
     def function(query, key, value, mask):
-        causal = sdpa(query, key, value, is_causal=True, enable_gqa=True, scale=0.2)
         latest = sdpa(query[:, :, :1], key, value, enable_gqa=True)
-        return causal, latest, sdpa(query, key, value, mask, enable_gqa=True)
+        masked = sdpa(query, key, value, mask, enable_gqa=True)
+        return sdpa(query, key, value, is_causal=True, enable_gqa=True, scale=0.2) + latest, masked
 
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
     for length, keys in ((9, 12), (13, 30)):
         tensors = inputs((2, 4, length, 16), (2, 2, keys, 16), device=device)
         mask = torch.ones(length, keys, dtype=torch.bool, device=device).tril(2)
-        got, want = run(compiled, *tensors, mask), run(function, *tensors, mask)
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
-        for x, y in zip(got, want, strict=True):
-            torch.testing.assert_close(x, y)
+        results = run(compiled, *tensors, mask), run(function, *tensors, mask)
+        for position, (got, want) in enumerate(zip(*results, strict=True)):
+            # gradients of the three calls may be added in another order
+            exact = {"rtol": 0, "atol": 0} if position < 2 else {}
+            torch.testing.assert_close(got, want, **exact)
 
 
 def test_autocast_casts_as_for_torchs(device):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import attention as registry
 from torch.nn.attention import SDPBackend
 
+from fastlm.ops import _checked
 from fastlm.ops._dispatch import weigh
 from fastlm.ops.attention import BACKENDS
 
@@ -74,8 +75,8 @@ def use_as_sdpa() -> contextlib.ExitStack:
 def _deactivate(previous: str | None) -> None:
     if registry.current_flash_attention_impl() == NAME:
         registry.restore_flash_attention_impl()
-        if previous is not None:
-            registry.activate_flash_attention_impl(previous)
+    if registry.current_flash_attention_impl() is None and previous is not None:
+        registry.activate_flash_attention_impl(previous)
 
 
 def _prefer_flash(changes: contextlib.ExitStack) -> None:
@@ -205,9 +206,20 @@ def _serves(
 def _ours_running() -> Iterator[None]:
     _running.ours = True
     try:
-        yield
+        with torch.no_grad(), _autograd_within_reach():
+            yield
     finally:
         _running.ours = False
+
+
+def _autograd_within_reach() -> contextlib.AbstractContextManager[Any]:
+    """Bring back for the oracle of checked(), which differentiates, what torch left on its way."""
+    if not _checked.is_on():
+        return contextlib.nullcontext()
+    left = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        left = left.remove(torch._C.DispatchKey.__members__[name])
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), left)
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
