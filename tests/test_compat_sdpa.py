@@ -342,6 +342,22 @@ def test_subclasses_are_torchs():
     assert got is F.scaled_dot_product_attention
 
 
+def test_nested_tensors_are_torchs():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        query = torch.nested.nested_tensor([torch.randn(4, n, 16) for n in (3, 5)])
+    got, want = (f(query, query, query) for f in (sdpa, F.scaled_dot_product_attention))
+    for x, y in zip(got.unbind(), want.unbind(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_mode_of_torch_changes_no_route(device):
+    tensors = inputs((2, 4, 9, 16), (2, 4, 12, 16), device=device)
+    with torch.device(device):
+        assert route(*tensors, is_causal=True).to == OURS
+        assert route(*tensors).to == TORCHS
+
+
 def test_other_devices_are_torchs():
     query = torch.empty(2, 4, 9, 16, device="meta")
     assert route(query, query, query, is_causal=True).to == TORCHS

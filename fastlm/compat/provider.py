@@ -83,7 +83,7 @@ def _prefer_flash(changes: contextlib.ExitStack) -> None:
     """Enable flash attention and let torch choose it before its other backends."""
     order = torch._C._get_sdp_priority_order()
     changes.callback(torch._C._set_sdp_priority_order, order)
-    flash = int(SDPBackend.FLASH_ATTENTION)
+    flash = SDPBackend.FLASH_ATTENTION.value
     torch._C._set_sdp_priority_order([flash, *(other for other in order if other != flash)])
     changes.callback(torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.flash_sdp_enabled())
     torch.backends.cuda.enable_flash_sdp(True)
@@ -133,8 +133,9 @@ def _forward(
     arguments = (*_heads_inside(query, key, value), *[None] * 5, _scale(query, scale), None, None)
     causal = is_causal or query.shape[2] == 1
     if not _serves("forward", arguments, dropout_p, causal, return_debug_mask):
-        rest = (query, key, value, dropout_p, is_causal, return_debug_mask)
-        return torchs.call_boxed(keys, *rest, scale=scale)
+        return torchs.call_boxed(
+            keys, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale
+        )
     with _ours_running():
         out, lse = torch.ops.fastlm.causal_attention_forward.default(*arguments, "triton")
     return (
@@ -173,9 +174,10 @@ def _backward(
     )  # fmt: skip
     causal = is_causal or query.shape[2] == 1
     if not _serves("backward", arguments, dropout_p, causal, False):
-        rest = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k)
-        rest = (*rest, dropout_p, is_causal, philox_seed, philox_offset)
-        return torchs.call_boxed(keys, *rest, scale=scale)
+        return torchs.call_boxed(
+            keys, grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k,
+            dropout_p, is_causal, philox_seed, philox_offset, scale=scale,
+        )  # fmt: skip
     with _ours_running():
         grads = torch.ops.fastlm.causal_attention_backward.default(*arguments, "triton")
     dquery, dkey, dvalue, _ = grads

@@ -7,10 +7,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from fastlm.ops import _explain
-from fastlm.ops._checks import FLOAT_DTYPES, PLAIN
+from fastlm.ops._checks import FLOAT_DTYPES, PLAIN, overrides_torch
 from fastlm.ops.attention import MAX_HEAD_DIM, causal_attention
 
 _OURS, _TORCHS = "causal_attention", "torch.nn.functional.scaled_dot_product_attention"
@@ -94,6 +93,8 @@ def _is_usual(
     """Whether it is causal self-attention of equal heads, in one look: one by one takes longer."""
     if not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
         return False
+    if query.is_nested or key.is_nested or value.is_nested:
+        return False
     shape, dtype = query.shape, query.dtype
     return (
         attn_mask is None
@@ -111,7 +112,6 @@ def _is_usual(
         and (query.is_cpu or query.is_cuda)
         and query.device == key.device == value.device
         and query.layout == key.layout == value.layout == torch.strided
-        and not (query.is_nested or key.is_nested or value.is_nested)
         and not torch._C._is_any_autocast_enabled()
         and not _is_transformed()
     )
@@ -135,9 +135,9 @@ def _refusal(
         return "torch.func transforms the call"
     if query.device.type not in ("cpu", "cuda") or not query.device == key.device == value.device:
         return "the tensors are not all on one CPU or NVIDIA GPU"
-    for flag in (is_causal, enable_gqa):
-        if type(flag) is not bool:
-            return "a flag is not a bool"
+    flags: tuple[object, ...] = (is_causal, enable_gqa)
+    if not all(isinstance(flag, bool) for flag in flags):
+        return "a flag is not a bool"
     if not _is_number(dropout_p) or dropout_p != 0:
         return "causal_attention has no dropout, and dropout_p is not 0"
     if not (scale is None or _is_number(scale)):
@@ -191,7 +191,7 @@ def _is_plain(x: Any) -> bool:
     """Whether ours takes such a tensor; of some kinds torch's has versions of its own."""
     return (
         isinstance(x, Tensor)
-        and not has_torch_function((x,))
+        and not overrides_torch(x)
         and x.layout == torch.strided
         and not (x.is_quantized or x.is_nested)
         and type(x).__name__ != "DTensor"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 PLAIN = (Tensor, Parameter)
+_NOT_ASKED = torch._C._disabled_torch_function_impl
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
@@ -91,3 +92,12 @@ def check_that(op: str, name: str, holds: bool, requirement: str, got: object) -
     """The general form, for requirements that no other check words."""
     if not holds:
         raise ValueError(f"{op}: {name} must {requirement}, got {got}")
+
+
+def overrides_torch(tensor: Tensor) -> bool:
+    """Whether torch's functions ask the class of ``tensor``, which may stand for something else.
+
+    ``torch.overrides.has_torch_function`` says so of any tensor in a mode, ``torch.device`` say.
+    """
+    kind = type(tensor)
+    return kind not in PLAIN and kind.__torch_function__ is not _NOT_ASKED

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import has_torch_function
 from torch.utils._pytree import tree_map_only
 
+from fastlm.ops._checks import overrides_torch
 from fastlm.ops._dispatch import Choice, weigh
 
 
@@ -87,7 +87,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     def faked(tensor: torch.Tensor) -> torch.Tensor:
         # a subclass that is something else than its elements stays what it is
-        if has_torch_function((tensor,)):
+        if overrides_torch(tensor):
             return tensor
         return mode.from_tensor(tensor, static_shapes=True)
 
