@@ -112,7 +112,6 @@ def _is_usual(
         and (query.is_cpu or query.is_cuda)
         and query.device == key.device == value.device
         and query.layout == key.layout == value.layout == torch.strided
-        and not torch._C._is_any_autocast_enabled()
         and not _is_transformed()
     )
 
