@@ -21,21 +21,23 @@ from fastlm.kernels import _ahead, _runtime
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 # bfloat16 and float16 differ in the names of a few instructions; the second is for test-all
-TYPES = {
-    90: (torch.float32, torch.bfloat16),
-    **{arch: ahead.DTYPES for arch in ahead.ARCHES if arch != 90},
-}
+QUICK_TYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        arch if arch == 90 else pytest.param(arch, marks=pytest.mark.slow) for arch in ahead.ARCHES
+        pytest.param((90, False), id="sm_90"),
+        *(
+            pytest.param((arch, True), id=f"sm_{arch}-thorough", marks=pytest.mark.slow)
+            for arch in ahead.ARCHES
+        ),
     ],
-    ids=lambda arch: f"sm_{arch}",
 )
 def binaries(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return ahead.compile_all(request.param, dtypes=TYPES[request.param])
+    arch, thorough = request.param
+    dtypes = ahead.DTYPES if thorough else QUICK_TYPES
+    return ahead.compile_all(arch, dtypes=dtypes, thorough=thorough)
 
 
 def shown(binary: dict[str, Any]) -> str:

@@ -24,11 +24,19 @@ import torch
 from support.lint import float_atomics, narrow_products
 from torch import Tensor
 
-from fastlm.kernels import _ahead, attention, cross_entropy, linear_cross_entropy, linear_top_k
+from fastlm.kernels import (
+    _ahead,
+    _runtime,
+    attention,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_top_k,
+)
 from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import Launch, recorded
-from fastlm.kernels._runtime import pretend
+from fastlm.kernels._runtime import device_of, pretend
 from fastlm.kernels._shards import Shard
+from fastlm.kernels.attention.tuning import plan as attention_plan
 from fastlm.kernels.linear_cross_entropy import chunk
 
 ARCHES = (80, 86, 89, 90, 100, 120)
@@ -124,20 +132,48 @@ def linear_top_k_launches(dtype: torch.dtype) -> None:
 
 
 def attention_launches(dtype: torch.dtype) -> None:
-    for head_dim in (64, 128, 256):
+    for head_dim in (64, 128, 256, 512):
+        if not _attention_fits(head_dim, dtype):
+            continue
         _attention(128, 128, 4, 4, head_dim, head_dim, dtype)
         # grouped heads, another value_dim, lengths and strides that nothing divides
         ragged = (77, 133, 6, 2, head_dim - 3, head_dim - 5, dtype)
         _attention(*ragged, sequences="packed", window_size=50, softcap=20.0, with_rest=True)
     if dtype == torch.bfloat16:
-        for head_dim in (64, 128, 256):
+        for head_dim in (64, 128, 256, 512):
             regular = (128, 128, 8, 2, head_dim, head_dim, dtype)
             _attention(*regular, sequences="packed")
             _attention(*regular, window_size=50)
             _attention(*regular, sequences="padded", window_size=50, softcap=20.0, with_rest=True)
         # what most models run: grouped heads, nothing padded; then what some do
-        for head_dim, value_dim in ((64, 64), (128, 128), (96, 96), (192, 128)):
+        for head_dim, value_dim in ((64, 64), (128, 128), (96, 96), (192, 128), (512, 64)):
             _attention(128, 128, 32, 8, head_dim, value_dim, dtype)
+    if dtype == torch.float32:
+        with allowing_tf32():
+            for head_dim in (64, 128, 256, 512):
+                if not _attention_fits(head_dim, dtype):
+                    continue
+                _attention(128, 128, 4, 4, head_dim, head_dim, dtype)
+                ragged = (77, 133, 6, 2, head_dim - 3, head_dim - 5, dtype)
+                _attention(*ragged, sequences="packed", window_size=50, softcap=20.0)
+
+
+def _attention_fits(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether both steps take it on the architecture that is modelled."""
+    device = device_of(empty(dtype=dtype))
+    steps = ("forward", "delta", "dkdv", "dq")
+    plans = [attention_plan(step, head_dim, head_dim, dtype, device) for step in steps]
+    return all(plan is not None for plan in plans)
+
+
+@contextlib.contextmanager
+def allowing_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _attention(
@@ -245,16 +281,25 @@ def _watched(kinds: set[type]) -> Iterator[set[int]]:
             del kind.__getattribute__
 
 
-def launches(op: str, dtype: torch.dtype, arch: int) -> list[Launch]:
+def launches(op: str, dtype: torch.dtype, arch: int, *, thorough: bool = True) -> list[Launch]:
     with pretend(arch), recorded(run=False) as log:
         LAUNCHES[op](dtype)
-    return log
+    return log if thorough else [launch for launch in log if not takes_long(launch)]
+
+
+def takes_long(launch: Launch) -> bool:
+    """Whether the compiler needs half a minute, or all but repeats itself: for test-all."""
+    sizes = [launch.constants.get(name, 0) for name in ("HEAD_DIM", "VALUE_DIM")]
+    is_ragged = any(size % 8 for size in sizes)
+    if launch.constants.get("PRECISION") == "tf32":
+        return max(sizes) != 128 or is_ragged
+    return max(sizes) > 256 and (is_ragged or launch.args[0].dtype == torch.float32)
 
 
 def compiling_environment() -> dict[str, str]:
     """For a child process that compiles kernels and can import ``support``."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = _runtime.compiling_environment()
+    paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
@@ -264,6 +309,7 @@ def compile_all(
     op: str = "all",
     dtypes: Sequence[torch.dtype] = DTYPES,
     processes: int = 2,
+    thorough: bool = True,
 ) -> list[dict[str, Any]]:
     """One result per different binary: the attributes of ``Compiled``, what it is, what lint found.
 
@@ -271,7 +317,7 @@ def compile_all(
         RuntimeError: A launch does not compile; the message ends with the compiler's.
     """
     environment = compiling_environment()
-    arguments = [op, ",".join(map(_name, dtypes)), str(arch)]
+    arguments = [op, ",".join(map(_name, dtypes)), str(arch), str(int(thorough))]
     children = [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "support.ahead", *arguments, str(part), str(processes)],
@@ -292,13 +338,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _main(op: str, dtypes: str, arch: int, part: int, parts: int) -> None:
+def _main(op: str, dtypes: str, arch: int, thorough: int, part: int, parts: int) -> None:
     different = {}
     for name in LAUNCHES if op == "all" else [op]:
         for dtype in dtypes.split(","):
-            for launch in launches(name, getattr(torch, dtype), arch):
-                made = _ahead.specialize(launch, arch)
-                different.setdefault(made.key, (name, dtype, launch, made))
+            made = launches(name, getattr(torch, dtype), arch, thorough=bool(thorough))
+            for key, pair in _ahead.distinct(made, arch).items():
+                different.setdefault(key, (name, dtype, *pair))
     results = []
     for name, dtype, launch, made in list(different.values())[part::parts]:
         compiled = _ahead.compile_launch(made, arch)
