@@ -41,6 +41,7 @@ from .._losses import (
 ROWS = ["rows"]
 PER_ROW = ["targets_ptr", "losses_ptr", "lse_ptr", "logprobs_ptr", "entropy_ptr", "predictions_ptr"]
 PER_ROW += ["residuals_ptr", "dlosses_ptr", "dlogprobs_ptr", "dlse_ptr", "dentropy_ptr"]
+PER_ROW += ["z_weight_ptr"]  # one of the others takes its place where it is not read
 
 
 @triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)
