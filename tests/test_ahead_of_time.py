@@ -75,6 +75,15 @@ def test_shared_memory_fits(binaries):
     assert over == []
 
 
+def test_attention_takes_no_more_shared_memory_than_its_plan_counts_on(binaries):
+    def over(binary: dict[str, Any]) -> str | None:
+        counted = ahead.counted_shared_memory(binary)
+        more = binary["shared_memory"] > counted
+        return f"{binary['shared_memory']} bytes, {counted} counted" if more else None
+
+    assert failing([b for b in binaries if b["op"] == "attention"], over) == []
+
+
 def test_registers_do_not_spill(binaries):
     def spilled(binary: dict[str, Any]) -> str | None:
         allowed = ahead.most_stack(binary)
@@ -86,10 +95,10 @@ def test_registers_do_not_spill(binaries):
 def test_products_of_narrow_types_run_on_tensor_cores(binaries):
     def missing(binary: dict[str, Any]) -> str | None:
         wanted = {90: "HGMMA", 100: "UTCHMMA"}.get(binary["arch"], "HMMA")
-        units = {wanted, "HMMA"} if ahead.is_ragged(binary) else {wanted}
-        narrow = binary["has_dot"] and binary["dtype"] != "float32"
+        units = {wanted, "HMMA"} if ahead.has_small_tiles(binary) else {wanted}
+        is_narrow = binary["dtype"] != "float32" or ahead.is_tf32(binary)
         used = any(binary["instructions"][unit] for unit in units)
-        return f"no {wanted}" if narrow and not used else None
+        return f"no {wanted}" if binary["has_dot"] and is_narrow and not used else None
 
     assert failing(binaries, missing) == []
 

@@ -36,6 +36,7 @@ from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import Launch, recorded
 from fastlm.kernels._runtime import device_of, pretend
 from fastlm.kernels._shards import Shard
+from fastlm.kernels.attention.tuning import Plan, shared_memory
 from fastlm.kernels.attention.tuning import plan as attention_plan
 from fastlm.kernels.linear_cross_entropy import chunk
 
@@ -225,10 +226,28 @@ def most_stack(binary: dict[str, Any]) -> int:
     return 0 if is_usual else MOST_STACK[binary["op"]]
 
 
-def is_ragged(binary: dict[str, Any]) -> bool:
-    """Whether a head_dim has rows of its own, some too small for the units of sm_90 and sm_100."""
-    sizes = [binary["constants"].get(name, "0") for name in ("HEAD_DIM", "VALUE_DIM")]
-    return any(int(size) % 8 for size in sizes)
+def is_tf32(binary: dict[str, Any]) -> bool:
+    return binary["constants"].get("PRECISION") == "tf32"
+
+
+def has_small_tiles(binary: dict[str, Any]) -> bool:
+    """Whether some rows of these head_dims are too small for the units of sm_90 and sm_100."""
+    sizes = [int(binary["constants"].get(name, "0")) for name in ("HEAD_DIM", "VALUE_DIM")]
+    if is_tf32(binary):
+        largest = 64 if binary["kernel"] == "dkdv_kernel" else 128
+        return binary["arch"] != 90 or max(sizes) > largest
+    return max(sizes) > 256 or any(size % 8 for size in sizes)
+
+
+def counted_shared_memory(binary: dict[str, Any]) -> int:
+    """What the plan of an attention kernel thinks that it takes at most."""
+    numbers = binary["constants"]
+    value_dim = int(numbers["VALUE_DIM"])
+    row = Plan(int(numbers["BLOCK_M"]), int(numbers.get("BLOCK_N", "0")), **binary["options"])
+    return shared_memory(
+        binary["kernel"].removesuffix("_kernel"), row, int(numbers.get("HEAD_DIM", value_dim)),
+        value_dim, getattr(torch, binary["dtype"]),
+    )  # fmt: skip
 
 
 def rows(op: str) -> dict[str, Any]:
