@@ -222,7 +222,8 @@ def most_stack(binary: dict[str, Any]) -> int:
     if "HAS_WINDOW" in on:
         return MOST_STACK_WITH_WINDOW
     has_options = binary["dtype"] == "float32" or "HAS_BIAS" in on
-    sizes = {int(binary["constants"].get(name, "0")) for name in ("HEAD_DIM", "VALUE_DIM")}
+    sizes = {int(size) for name, size in binary["constants"].items() if name.endswith("_DIM")}
+    # a head_dim above 256 beside another value_dim
     has_options |= len(sizes) == 2 and max(sizes) > 256
     is_usual = binary["arch"] in (80, 90) and not has_options
     return 0 if is_usual else MOST_STACK[binary["op"]]
