@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,8 +39,8 @@ class Compiled:
         registers: Per thread.
         stack: Bytes per thread of local memory; above zero, registers spill.
         shared_memory: Bytes per program.
-        instructions: Machine instruction to how often it stands in the code; zeros for a kernel
-            without ``tl.dot``, which is not disassembled.
+        instructions: Machine instruction to how often it stands in the code; zeros for what is not
+            disassembled, as a kernel without ``tl.dot``.
         ttir: Triton's own intermediate code, before it is made for one GPU.
     """
 
@@ -85,7 +86,18 @@ def specialize(launch: Launch, arch: int) -> Specialized:
     return Specialized(source, dict(options.__dict__), target)
 
 
-def compile_launch(launch: Launch | Specialized, arch: int) -> Compiled:
+def distinct(launches: Iterable[Launch], arch: int) -> dict[str, tuple[Launch, Specialized]]:
+    """By key: as many as Triton would compile for ``launches``."""
+    found: dict[str, tuple[Launch, Specialized]] = {}
+    for launch in launches:
+        made = specialize(launch, arch)
+        found.setdefault(made.key, (launch, made))
+    return found
+
+
+def compile_launch(
+    launch: Launch | Specialized, arch: int, *, disassemble: bool = True
+) -> Compiled:
     """Compile for ``arch`` and disassemble.  Triton keeps the binary in its cache on disk."""
     made = launch if isinstance(launch, Specialized) else specialize(launch, arch)
     kernel = triton.compile(made.source, target=made.target, options=made.options)
@@ -94,7 +106,8 @@ def compile_launch(launch: Launch | Specialized, arch: int) -> Compiled:
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         # half a second each, so for products alone: which unit runs them stands nowhere else
-        code = _run("nvdisasm", "-c", file.name) if "tt.dot" in kernel.asm["ttir"] else ""
+        has_code = disassemble and "tt.dot" in kernel.asm["ttir"]
+        code = _run("nvdisasm", "-c", file.name) if has_code else ""
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     opcodes = _OPCODE.findall(re.sub(r"/\*[^*]*\*/", "", code))
     return Compiled(

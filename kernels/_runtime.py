@@ -41,20 +41,21 @@ SHARED_MEMORY = {
 _SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 
 
-# The architecture that plans are made for away from a GPU.
-_pretended = 90
-
-
 def modelled(arch: int) -> Device:
     """The largest product of an architecture, for plans made away from a GPU."""
     return Device(arch, _SMS[arch], SHARED_MEMORY[arch])
 
 
+# The device that plans are made for away from a GPU.
+_pretended = modelled(90)
+
+
 @contextlib.contextmanager
-def pretend(arch: int) -> Iterator[None]:
-    """Make plans for tensors outside a GPU as if they were on ``arch``."""
+def pretend(device: int | Device) -> Iterator[None]:
+    """Make plans for tensors outside a GPU as if they were on this one, or on such an arch."""
     global _pretended
-    before, _pretended = _pretended, arch
+    before = _pretended
+    _pretended = device if isinstance(device, Device) else modelled(device)
     try:
         yield
     finally:
@@ -72,7 +73,17 @@ def device_of(tensor: torch.Tensor) -> Device:
     """What a launch plan for ``tensor`` is made for; off a GPU, Hopper or what is pretended."""
     if tensor.is_cuda:
         return _cuda_device(tensor.device.index)
-    return modelled(_pretended)
+    return _pretended
+
+
+def present() -> Device | None:
+    """The current GPU, if there is one."""
+    return _cuda_device(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def compiling_environment() -> dict[str, str]:
+    """For a child process in which ``@triton.jit`` compiles."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def refuses_device(tensor: torch.Tensor, name: str) -> str | None:

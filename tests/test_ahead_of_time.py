@@ -21,21 +21,23 @@ from fastlm.kernels import _ahead, _runtime
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 # bfloat16 and float16 differ in the names of a few instructions; the second is for test-all
-TYPES = {
-    90: (torch.float32, torch.bfloat16),
-    **{arch: ahead.DTYPES for arch in ahead.ARCHES if arch != 90},
-}
+QUICK_TYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        arch if arch == 90 else pytest.param(arch, marks=pytest.mark.slow) for arch in ahead.ARCHES
+        pytest.param((90, False), id="sm_90"),
+        *(
+            pytest.param((arch, True), id=f"sm_{arch}-thorough", marks=pytest.mark.slow)
+            for arch in ahead.ARCHES
+        ),
     ],
-    ids=lambda arch: f"sm_{arch}",
 )
 def binaries(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return ahead.compile_all(request.param, dtypes=TYPES[request.param])
+    arch, thorough = request.param
+    dtypes = ahead.DTYPES if thorough else QUICK_TYPES
+    return ahead.compile_all(arch, dtypes=dtypes, thorough=thorough)
 
 
 def shown(binary: dict[str, Any]) -> str:
@@ -73,6 +75,15 @@ def test_shared_memory_fits(binaries):
     assert over == []
 
 
+def test_attention_takes_no_more_shared_memory_than_its_plan_counts_on(binaries):
+    def over(binary: dict[str, Any]) -> str | None:
+        counted = ahead.counted_shared_memory(binary)
+        more = binary["shared_memory"] > counted
+        return f"{binary['shared_memory']} bytes, {counted} counted" if more else None
+
+    assert failing([b for b in binaries if b["op"] == "attention"], over) == []
+
+
 def test_registers_do_not_spill(binaries):
     def spilled(binary: dict[str, Any]) -> str | None:
         allowed = ahead.most_stack(binary)
@@ -84,10 +95,10 @@ def test_registers_do_not_spill(binaries):
 def test_products_of_narrow_types_run_on_tensor_cores(binaries):
     def missing(binary: dict[str, Any]) -> str | None:
         wanted = {90: "HGMMA", 100: "UTCHMMA"}.get(binary["arch"], "HMMA")
-        units = {wanted, "HMMA"} if ahead.is_ragged(binary) else {wanted}
-        narrow = binary["has_dot"] and binary["dtype"] != "float32"
+        units = {wanted, "HMMA"} if ahead.has_small_tiles(binary) else {wanted}
+        is_narrow = binary["dtype"] != "float32" or ahead.is_tf32(binary)
         used = any(binary["instructions"][unit] for unit in units)
-        return f"no {wanted}" if narrow and not used else None
+        return f"no {wanted}" if binary["has_dot"] and is_narrow and not used else None
 
     assert failing(binaries, missing) == []
 

@@ -115,7 +115,7 @@ def test_bad_setting_is_named_with_its_range(name: str, value: Any, requirement:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_size": 1024}, "num_attention_heads must .* heads of even width, 256 at most"),
+        ({"hidden_size": 2048}, "num_attention_heads must .* heads of even width, 512 at most"),
         ({"resume": "latest", "overwrite": True}, "overwrite must be false to resume, got True"),
         ({"prompt": "a\udcffb"}, r"prompt must be text that UTF-8 can hold, got '\\udcff' at .* 1"),
     ],

@@ -21,13 +21,21 @@ from fastlm.cli import FAILED
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "pyyaml")
 OPTIONAL = ("triton", "matplotlib", "transformers")
 USAGE_TEXT = """usage: fastlm doctor [--json]
+       fastlm doctor --warm [flags]
 
 Shows versions, devices and the backend of every op, then compares each backend, forward and
 backward, with the definition in float64.  Exit code 1 when something is broken.
-TRITON_INTERPRET=1 fastlm doctor tests the Triton kernels without a GPU."""
+TRITON_INTERPRET=1 fastlm doctor tests the Triton kernels without a GPU.
+
+With --warm it compiles the kernels of a model ahead of its first step; fastlm doctor --warm --help
+lists the flags."""
 
 
 def run(argv: Sequence[str]) -> int:
+    if "--warm" in argv:
+        from fastlm.cli import _warm
+
+        return _warm.run([word for word in argv if word != "--warm"])
     unknown = [word for word in argv if word not in ("--json", "-h", "--help")]
     if unknown:
         words = " ".join(unknown)

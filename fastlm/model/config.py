@@ -18,7 +18,7 @@ ACTIVATIONS = {
     "relu2": "relu2",
     "sigmoid": "sigmoid",
 }
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 # Options of a Hugging Face config that change what a model computes and that we do not compute,
@@ -51,7 +51,7 @@ class CausalLMConfig:
         num_hidden_layers: Number of blocks.
         num_attention_heads: H, query heads.
         num_key_value_heads: G, key and value heads; divides H; None for H.
-        head_dim: D, even and at most 256; None for C / H.
+        head_dim: D, even and at most 512; None for C / H.
         model_type: ``"qwen3"`` normalises queries and keys per head, ``"llama"`` does not.
         hidden_act: Activation of the gate: silu, gelu, gelu_pytorch_tanh, relu, relu2 or sigmoid.
         max_position_embeddings: Longest sequence, prompt and continuation together.

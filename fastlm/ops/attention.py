@@ -23,7 +23,7 @@ from fastlm.ops._checks import (
 )
 from fastlm.ops._define import define_op
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 _INT32_MAX = 2**31 - 1
 Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 BACKENDS = {
@@ -60,13 +60,16 @@ def causal_attention(
     torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs without
     instructions for them, values whose head_dim is not query's.  A NaN or infinity may also spoil
     positions that do not see it, 0 * NaN being NaN: with reference none, with triton no lse and
-    nothing 256 positions away or further, with torch any.
+    nothing 256 positions away or further, with torch any.  The triton backend refuses a head_dim
+    whose tiles do not fit the GPU's shared memory, which none up to 256 does in 32 or 16 bits.
+    float32 products on a GPU are in tf32 where ``torch.backends.cuda.matmul.fp32_precision`` says
+    so.
 
     Args:
-        query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; D from 1 to 256.
+        query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; D from 1 to 512.
         key: ``(B, S, G, D)``, dtype of query; H must be a multiple of G, and query head h reads key
             and value head ``h // (H // G)``.
-        value: ``(B, S, G, Dv)``, dtype of query; Dv from 1 to 256.
+        value: ``(B, S, G, Dv)``, dtype of query; Dv from 1 to 512.
         scale: Factor of the scores, any float; None for ``1 / sqrt(D)``.
         window_size: How many of the latest keys each query sees, that of its own position included
             (Beltagy et al., 2020, https://arxiv.org/abs/2004.05150); at least 1.

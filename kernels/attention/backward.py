@@ -30,7 +30,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
     out_ptr,  # (B, T, H, VALUE_DIM), contiguous
     dout_ptr,  # (B, T, H, VALUE_DIM)

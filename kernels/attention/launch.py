@@ -14,8 +14,11 @@ from . import tuning
 from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .forward import forward_kernel
 
+# The kernels of each step, as tuning names them.
+FORWARD, BACKWARD = ("forward",), ("delta", "dkdv", "dq")
 
-def _refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+
+def _refuses(steps: tuple[str, ...], query: Tensor, key: Tensor, value: Tensor) -> str | None:
     reason = refuses_device(query, "query")
     if reason is not None:
         return reason
@@ -27,11 +30,24 @@ def _refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             return (
                 f"{name} has a head_dim of {x.shape[-1]}, the kernels end at {tuning.MAX_HEAD_DIM}"
             )
-    return None
+    return too_wide(steps, query, value)
+
+
+def too_wide(steps: tuple[str, ...], query: Tensor, value: Tensor) -> str | None:
+    """Why one of these kernels does not fit the device of ``query``, or None."""
+    head_dim, value_dim, device = query.shape[-1], value.shape[-1], device_of(query)
+    # neither a window nor tf32 makes a difference: both have the rows without as a last resort
+    if all(tuning.plan(x, head_dim, value_dim, query.dtype, device) for x in steps):
+        return None
+    dtype, limit = str(query.dtype).removeprefix("torch."), device.shared_memory // 1024
+    return (
+        f"tiles of head_dim {head_dim} and {value_dim} in {dtype} do not fit the {limit} KiB "
+        f"of shared memory of sm_{device.arch}"
+    )
 
 
 def forward_refuses(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> str | None:
-    return _refuses(query, key, value)
+    return _refuses(FORWARD, query, key, value)
 
 
 def backward_refuses(
@@ -42,7 +58,7 @@ def backward_refuses(
     value: Tensor,
     *rest: object,
 ) -> str | None:
-    return _refuses(query, key, value)
+    return _refuses(BACKWARD, query, key, value)
 
 
 def forward(
@@ -155,7 +171,7 @@ def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, query: T
         delta_kernel, (triton.cdiv(num_queries, plan.block_m) * batch * heads,),
         out, dout, lse, None if dlse is None else dlse.contiguous(), delta,
         *dout.stride()[:3], heads, num_queries,
-        VALUE_DIM=value_dim, BLOCK_M=plan.block_m, BLOCK_V=_block(value_dim),
+        VALUE_DIM=value_dim, BLOCK_M=plan.block_m, BLOCK_V=tuning.block(value_dim),
         ACC=accumulator(query.dtype), HAS_DLSE=dlse is not None,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
@@ -196,8 +212,17 @@ class _Sequences:
 
 
 def _plan(step: str, query: Tensor, value: Tensor, has_window: bool = False) -> tuning.Plan:
-    arch = device_of(query).arch
-    return tuning.plan(step, query.shape[-1], value.shape[-1], query.dtype, arch, has_window)
+    plan = tuning.plan(
+        step, query.shape[-1], value.shape[-1], query.dtype, device_of(query),
+        has_window, _uses_tf32(query),
+    )  # fmt: skip
+    assert plan is not None, "refused before"
+    return plan
+
+
+def _uses_tf32(query: Tensor) -> bool:
+    """What torch's own products would do; "none" there inherits, and so does this reading."""
+    return query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _options(
@@ -205,7 +230,6 @@ def _options(
 ) -> dict[str, Any]:
     """The compile-time values that are neither in the plan nor about sequences."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -214,16 +238,11 @@ def _options(
         "HAS_SOFTCAP": softcap is not None,
         # where its error stays below what a score is rounded to
         "FAST_CAP": softcap is not None and softcap <= 128.0 and query.itemsize == 2,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "BLOCK_D": _block(head_dim),
-        "BLOCK_V": _block(value_dim),
+        "PRECISION": "tf32" if _uses_tf32(query) else "ieee",
+        "BLOCK_D": tuning.block(head_dim),
+        "BLOCK_V": tuning.block(value_dim),
         "ACC": accumulator(query.dtype),
     }
-
-
-def _block(dim: int) -> int:
-    """A product needs 16 columns or more."""
-    return max(16, triton.next_power_of_2(dim))
 
 
 def _window(window_size: int | None, query: Tensor, key: Tensor) -> int:

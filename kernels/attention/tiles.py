@@ -14,6 +14,7 @@ from .._losses import tanh
 
 # what varies from batch to batch: Triton would compile anew for 1, and for multiples of 16
 LENGTHS = ["num_queries", "num_keys", "num_documents", "window", "heads_per_section"]
+LENGTHS += ["batch_heads", "batch_kv_heads"]
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 

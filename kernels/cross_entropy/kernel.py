@@ -32,7 +32,8 @@ from .._losses import (
 )
 
 
-@triton.jit
+# rows per sequence: Triton would compile anew for 1, and for multiples of 16
+@triton.jit(do_not_specialize=["inner"])
 def forward_kernel(
     logits_ptr,  # (outer, inner, vocab_size)
     targets_ptr,  # (outer * inner,) int64
@@ -92,7 +93,7 @@ def forward_kernel(
         tl.store(predictions_ptr + row, tl.where(ignored, -1, first))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner"])
 def backward_kernel(
     dlosses_ptr,  # (outer * inner,)
     dlogprobs_ptr,  # (outer * inner,), read if HAS_DSTATS, as the next

@@ -36,8 +36,15 @@ from .._losses import (
     transform,
 )
 
+# Triton would compile anew for 1, for multiples of 16 and, as chunks begin at any row, for pointers
+# that are no multiples of 16 bytes.  Of these a program reads one element.
+ROWS = ["rows"]
+PER_ROW = ["targets_ptr", "losses_ptr", "lse_ptr", "logprobs_ptr", "entropy_ptr", "predictions_ptr"]
+PER_ROW += ["residuals_ptr", "dlosses_ptr", "dlogprobs_ptr", "dlse_ptr", "dentropy_ptr"]
+PER_ROW += ["z_weight_ptr"]  # one of the others takes its place where it is not read
 
-@triton.jit
+
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)
 def loss_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     bias_ptr,  # (vocab_size,), read if HAS_BIAS
@@ -125,7 +132,7 @@ def _target_of_shard(
     return tl.where(known & ~here, 0.0, x_target), w_target, here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)
 def gradient_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     dlogits_ptr,  # (rows, vocab_size), the same memory, perhaps a narrower dtype
@@ -264,7 +271,7 @@ def gradient_kernel(
         tl.store(dlogits_ptr + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)
 def bias_gradient_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     bias_ptr,  # (vocab_size,)

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from .._losses import load_block, load_target
+from .kernel import PER_ROW, ROWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)
 def shard_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     bias_ptr,  # (vocab_size,), read if HAS_BIAS

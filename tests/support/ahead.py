@@ -24,11 +24,20 @@ import torch
 from support.lint import float_atomics, narrow_products
 from torch import Tensor
 
-from fastlm.kernels import _ahead, attention, cross_entropy, linear_cross_entropy, linear_top_k
+from fastlm.kernels import (
+    _ahead,
+    _runtime,
+    attention,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_top_k,
+)
 from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import Launch, recorded
-from fastlm.kernels._runtime import pretend
+from fastlm.kernels._runtime import device_of, pretend
 from fastlm.kernels._shards import Shard
+from fastlm.kernels.attention.tuning import Plan, shared_memory
+from fastlm.kernels.attention.tuning import plan as attention_plan
 from fastlm.kernels.linear_cross_entropy import chunk
 
 ARCHES = (80, 86, 89, 90, 100, 120)
@@ -124,20 +133,48 @@ def linear_top_k_launches(dtype: torch.dtype) -> None:
 
 
 def attention_launches(dtype: torch.dtype) -> None:
-    for head_dim in (64, 128, 256):
+    for head_dim in (64, 128, 256, 512):
+        if not _attention_fits(head_dim, dtype):
+            continue
         _attention(128, 128, 4, 4, head_dim, head_dim, dtype)
         # grouped heads, another value_dim, lengths and strides that nothing divides
         ragged = (77, 133, 6, 2, head_dim - 3, head_dim - 5, dtype)
         _attention(*ragged, sequences="packed", window_size=50, softcap=20.0, with_rest=True)
     if dtype == torch.bfloat16:
-        for head_dim in (64, 128, 256):
+        for head_dim in (64, 128, 256, 512):
             regular = (128, 128, 8, 2, head_dim, head_dim, dtype)
             _attention(*regular, sequences="packed")
             _attention(*regular, window_size=50)
             _attention(*regular, sequences="padded", window_size=50, softcap=20.0, with_rest=True)
         # what most models run: grouped heads, nothing padded; then what some do
-        for head_dim, value_dim in ((64, 64), (128, 128), (96, 96), (192, 128)):
+        for head_dim, value_dim in ((64, 64), (128, 128), (96, 96), (192, 128), (512, 64)):
             _attention(128, 128, 32, 8, head_dim, value_dim, dtype)
+    if dtype == torch.float32:
+        with allowing_tf32():
+            for head_dim in (64, 128, 256, 512):
+                if not _attention_fits(head_dim, dtype):
+                    continue
+                _attention(128, 128, 4, 4, head_dim, head_dim, dtype)
+                ragged = (77, 133, 6, 2, head_dim - 3, head_dim - 5, dtype)
+                _attention(*ragged, sequences="packed", window_size=50, softcap=20.0)
+
+
+def _attention_fits(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether both steps take it on the architecture that is modelled."""
+    device = device_of(empty(dtype=dtype))
+    steps = ("forward", "delta", "dkdv", "dq")
+    plans = [attention_plan(step, head_dim, head_dim, dtype, device) for step in steps]
+    return all(plan is not None for plan in plans)
+
+
+@contextlib.contextmanager
+def allowing_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _attention(
@@ -185,14 +222,35 @@ def most_stack(binary: dict[str, Any]) -> int:
     if "HAS_WINDOW" in on:
         return MOST_STACK_WITH_WINDOW
     has_options = binary["dtype"] == "float32" or "HAS_BIAS" in on
+    sizes = {int(size) for name, size in binary["constants"].items() if name.endswith("_DIM")}
+    # a head_dim above 256 beside another value_dim
+    has_options |= len(sizes) == 2 and max(sizes) > 256
     is_usual = binary["arch"] in (80, 90) and not has_options
     return 0 if is_usual else MOST_STACK[binary["op"]]
 
 
-def is_ragged(binary: dict[str, Any]) -> bool:
-    """Whether a head_dim has rows of its own, some too small for the units of sm_90 and sm_100."""
-    sizes = [binary["constants"].get(name, "0") for name in ("HEAD_DIM", "VALUE_DIM")]
-    return any(int(size) % 8 for size in sizes)
+def is_tf32(binary: dict[str, Any]) -> bool:
+    return binary["constants"].get("PRECISION") == "tf32"
+
+
+def has_small_tiles(binary: dict[str, Any]) -> bool:
+    """Whether some rows of these head_dims are too small for the units of sm_90 and sm_100."""
+    sizes = [int(binary["constants"].get(name, "0")) for name in ("HEAD_DIM", "VALUE_DIM")]
+    if is_tf32(binary):
+        largest = 64 if binary["kernel"] == "dkdv_kernel" else 128
+        return binary["arch"] != 90 or max(sizes) > largest
+    return max(sizes) > 256 or any(size % 8 for size in sizes)
+
+
+def counted_shared_memory(binary: dict[str, Any]) -> int:
+    """What the plan of an attention kernel thinks that it takes at most."""
+    numbers = binary["constants"]
+    value_dim = int(numbers["VALUE_DIM"])
+    row = Plan(int(numbers["BLOCK_M"]), int(numbers.get("BLOCK_N", "0")), **binary["options"])
+    return shared_memory(
+        binary["kernel"].removesuffix("_kernel"), row, int(numbers.get("HEAD_DIM", value_dim)),
+        value_dim, getattr(torch, binary["dtype"]),
+    )  # fmt: skip
 
 
 def rows(op: str) -> dict[str, Any]:
@@ -245,16 +303,25 @@ def _watched(kinds: set[type]) -> Iterator[set[int]]:
             del kind.__getattribute__
 
 
-def launches(op: str, dtype: torch.dtype, arch: int) -> list[Launch]:
+def launches(op: str, dtype: torch.dtype, arch: int, *, thorough: bool = True) -> list[Launch]:
     with pretend(arch), recorded(run=False) as log:
         LAUNCHES[op](dtype)
-    return log
+    return log if thorough else [launch for launch in log if not takes_long(launch)]
+
+
+def takes_long(launch: Launch) -> bool:
+    """Whether the compiler needs half a minute, or all but repeats itself: for test-all."""
+    sizes = [launch.constants.get(name, 0) for name in ("HEAD_DIM", "VALUE_DIM")]
+    is_ragged = any(size % 8 for size in sizes)
+    if launch.constants.get("PRECISION") == "tf32":
+        return max(sizes) != 128 or is_ragged
+    return max(sizes) > 256 and (is_ragged or launch.args[0].dtype == torch.float32)
 
 
 def compiling_environment() -> dict[str, str]:
     """For a child process that compiles kernels and can import ``support``."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = _runtime.compiling_environment()
+    paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
@@ -264,6 +331,7 @@ def compile_all(
     op: str = "all",
     dtypes: Sequence[torch.dtype] = DTYPES,
     processes: int = 2,
+    thorough: bool = True,
 ) -> list[dict[str, Any]]:
     """One result per different binary: the attributes of ``Compiled``, what it is, what lint found.
 
@@ -271,7 +339,7 @@ def compile_all(
         RuntimeError: A launch does not compile; the message ends with the compiler's.
     """
     environment = compiling_environment()
-    arguments = [op, ",".join(map(_name, dtypes)), str(arch)]
+    arguments = [op, ",".join(map(_name, dtypes)), str(arch), str(int(thorough))]
     children = [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "support.ahead", *arguments, str(part), str(processes)],
@@ -292,13 +360,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _main(op: str, dtypes: str, arch: int, part: int, parts: int) -> None:
+def _main(op: str, dtypes: str, arch: int, thorough: int, part: int, parts: int) -> None:
     different = {}
     for name in LAUNCHES if op == "all" else [op]:
         for dtype in dtypes.split(","):
-            for launch in launches(name, getattr(torch, dtype), arch):
-                made = _ahead.specialize(launch, arch)
-                different.setdefault(made.key, (name, dtype, launch, made))
+            made = launches(name, getattr(torch, dtype), arch, thorough=bool(thorough))
+            for key, pair in _ahead.distinct(made, arch).items():
+                different.setdefault(key, (name, dtype, *pair))
     results = []
     for name, dtype, launch, made in list(different.values())[part::parts]:
         compiled = _ahead.compile_launch(made, arch)
