@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlm.ops._checks import check_integer, check_that
 from fastlm.ops._linear import check_linear_loss, shifted
 from fastlm.ops._linear_loss import BACKENDS, Reduced, needs_gradient, per_position
-from fastlm.ops._shards import is_distributed, sharded_call
+from fastlm.ops._shards import is_distributed, sharded_loss
 from fastlm.ops.cross_entropy import LossStats, LossSums, check_loss_options
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def linear_cross_entropy(
     """
     group = ""
     if process_group is not None or is_distributed(linear_weight):
-        input, linear_weight, linear_bias, target, weight, group, vocab_size = sharded_call(
+        input, linear_weight, linear_bias, target, weight, group, vocab_size = sharded_loss(
             _OP, input, linear_weight, linear_bias, target, weight, process_group
         )
     dtype = check_linear_loss(_OP, input, linear_weight, target, linear_bias, reduction, group)
@@ -169,7 +169,9 @@ def linear_cross_entropy(
     params = (input, linear_weight, linear_bias)
     options = (ignore_index, label_smoothing, softcap, logit_scale, return_stats)
     needs = needs_gradient(*params)
-    if needs and reduction != "none":
+    # what a compiler hands to statistics, if only zeros, makes gradients prepared here worthless
+    zeros_come = return_stats and torch.compiler.is_compiling()
+    if needs and reduction != "none" and not zeros_come:
         divisor, squares_divisor = sums.divisors(reduction)
         if squares_divisor is divisor:
             squares_divisor = None  # the compiler takes no tensor twice

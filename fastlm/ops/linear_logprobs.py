@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlm.ops._linear import check_linear_loss, shifted
 from fastlm.ops._linear_loss import needs_gradient, per_position
-from fastlm.ops._shards import is_distributed, sharded_call
+from fastlm.ops._shards import is_distributed, sharded_loss
 from fastlm.ops.cross_entropy import check_loss_options
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def linear_logprobs(
     """
     group = ""
     if process_group is not None or is_distributed(linear_weight):
-        input, linear_weight, linear_bias, target, _, group, vocab_size = sharded_call(
+        input, linear_weight, linear_bias, target, _, group, vocab_size = sharded_loss(
             _OP, input, linear_weight, linear_bias, target, None, process_group
         )
     dtype = check_linear_loss(_OP, input, linear_weight, target, linear_bias, "none", group)
