@@ -12,7 +12,8 @@ from fastlm.ops._explain import Explanation
 from fastlm.ops.attention import causal_attention
 from fastlm.ops.cross_entropy import LossStats, cross_entropy
 from fastlm.ops.glu import glu, swiglu
-from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.linear_top_k import TopK, linear_top_k
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import apply_rotary

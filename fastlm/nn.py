@@ -124,6 +124,19 @@ def _refuse(module: str, **given: bool) -> None:
             raise NotImplementedError(f"{module}: {name} is not supported")
 
 
+def _options_of(loss: CrossEntropyLoss | LinearCrossEntropyLoss) -> str:
+    """What a loss is told that is not the default; of class weights, that there are some."""
+    defaults = {
+        "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "softcap": None,
+        "logit_scale": 1.0, "z_loss": 0.0, "backend": "auto",
+    }  # fmt: skip
+    values = {name: getattr(loss, name) for name in defaults}
+    shown = [f"{name}={values[name]!r}" for name in defaults if values[name] != defaults[name]]
+    if loss.weight is not None:
+        shown.insert(0, f"weight=({len(loss.weight)},)")
+    return ", ".join(shown)
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:func:`fastlm.cross_entropy` in place of :class:`torch.nn.CrossEntropyLoss`.
 
@@ -191,6 +204,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing, softcap=self.softcap,
             logit_scale=self.logit_scale, z_loss=self.z_loss, backend=self.backend,
         )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return _options_of(self)
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
@@ -268,4 +284,4 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction}, ignore_index={self.ignore_index}"
+        return _options_of(self)

@@ -11,6 +11,11 @@ same loss.  With x the logits of the row after scale and cap:
 
 pivot is the maximum, or 0 where that is -inf.  Maxima and totals travel apart because an lse,
 rounded, has lost what the loss of a likely target consists of.
+
+For the k best classes a rank sends maximum and total, and its own min(k, S) best:
+
+    keys      what they are ordered by, -inf where there are no more
+    columns   their places          values    their x, where that is not the key
 """
 
 from __future__ import annotations
@@ -85,13 +90,25 @@ class Shard:
         sums[0] = -torch.inf
         return sums
 
-    def gather(self, sums: Tensor, targets: Tensor) -> Tensor:
+    def new_best(self, like: Tensor, num_rows: int, k: int, *, has_values: bool) -> Tensor:
+        """``(2 + 2 min(k, S), num_rows)`` for maximum, total, keys, columns; of no classes.
+
+        With values, as many more.
+        """
+        best = like.new_zeros(2 + (2 + has_values) * min(k, self.largest), num_rows)
+        best[0] = -torch.inf
+        best[2 : 2 + min(k, self.largest)] = -torch.inf
+        return best
+
+    def gather(self, sums: Tensor, targets: Tensor | None = None) -> Tensor:
         """``(ranks, k, rows)`` sums of all ranks, from those of this one.
 
         NaN where ranks differ in what they must share, which is looked for on the device: shards
         of other sizes, other targets.
         """
-        mark = mark_of(targets).remainder(_MODULUS).to(sums.dtype)
+        mark = sums.new_zeros(())
+        if targets is not None:
+            mark = mark_of(targets).remainder(_MODULUS).to(sums.dtype)
         packed = torch.cat([sums.flatten(), mark[None], sums.new_full((1,), self.size)])
         gathered = packed.new_empty(self.group.size(), packed.numel())
         dist.all_gather(list(gathered), packed, group=self.group)
@@ -143,13 +160,8 @@ def combine(
         label_smoothing: 0 to 1.
     """
     maxima, totals, at_targets, *more = everyones.unbind(1)
-    maximum = maxima.amax(0)
-    pivot = _finite(maximum)
-    shares = (maxima - pivot).exp()
-    total = (shares * totals).sum(0)
-    # nothing but -inf: NaN, as in torch
-    total = torch.where(total > 0, total, torch.nan)
-    log_sum = total.log()
+    maximum, shares, total = _total(maxima, totals)
+    pivot, log_sum = _finite(maximum), total.log()
     classes = targets.clamp(0, shard.num_classes - 1)
     owner = classes.div(shard.largest, rounding_mode="floor")
     # not from lse: rounded, it has lost what the loss of a likely target consists of
@@ -171,6 +183,37 @@ def combine(
     best = maxima.argmax(0, keepdim=True)
     predictions = (best * shard.largest + firsts.gather(0, best).nan_to_num().long())[0]
     return Known(losses, maximum, log_sum, -surprisal, entropy, predictions)
+
+
+def best_of_all(shard: Shard, everyones: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and classes, ``(rows, k)``, of what all ranks have sent of their best.
+
+    Each rank's come in order, and ranks in the order of their classes: of equal keys the rank's
+    that comes first, as if the classes were on one process.
+    """
+    maximum, _, total = _total(everyones[:, 0], everyones[:, 1])
+    most = min(k, shard.largest)
+    # (rows, ranks * most) each
+    keys, columns, *values = (
+        part.permute(2, 0, 1).flatten(1) for part in everyones[:, 2:].split(most, 1)
+    )
+    _, order = keys.sort(dim=1, descending=True, stable=True)
+    order = order[:, :k]
+    x = (values[0] if values else keys).gather(1, order)
+    # in two steps: their sum, rounded, has lost what a likely class is judged by
+    logprobs = (x - maximum[:, None]) - total.log()[:, None]
+    firsts = order.div(most, rounding_mode="floor") * shard.largest
+    classes = firsts + columns.gather(1, order).nan_to_num().long()
+    return logprobs, classes.clamp_(max=shard.num_classes - 1)  # where ranks disagree
+
+
+def _total(maxima: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum of all ranks, the factor that brings each rank's sums to it, and the total."""
+    maximum = maxima.amax(0)
+    shares = (maxima - _finite(maximum)).exp()
+    total = (shares * totals).sum(0)
+    # nothing but -inf: NaN, as in torch
+    return maximum, shares, torch.where(total > 0, total, torch.nan)
 
 
 def _finite(maximum: Tensor) -> Tensor:

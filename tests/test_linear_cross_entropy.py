@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.layouts import layouts
 from support.linear_cross_entropy import (
     NO_OPTIONS,
@@ -124,91 +122,6 @@ def test_float16_gradients_keep_their_precision_at_any_scale_of_the_loss(scale, 
         want = want / upstream.double() * scale
         usual = want.float().to(torch.float16)
         testing.assert_as_accurate("float16", actual, plain=usual, truth=want)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradients_are_those_of_the_function(reduction, backend, device):
-    x, weight, bias, targets = inputs(3, 2, 4, torch.float64, device)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    with forced(rows=2, block_v=2):
-        assert torch.autograd.gradcheck(
-            lambda a, b, c: ours(a, b, c, targets, reduction=reduction, backend=backend), leaves
-        )
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_computes_only_the_gradients_asked_for(reduction, backend, device):
-    *tensors, targets = inputs(5, 6, 20, device=device)
-    everything = testing.run(ours, *tensors, targets, reduction=reduction, backend=backend)
-    plain, truth = (
-        testing.run(definition, *tensors, targets, dtype=dtype, reduction=reduction)[0]
-        for dtype in (torch.float32, torch.float64)
-    )
-    for needs in itertools.product([False, True], repeat=3):
-        leaves = [t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
-        loss = ours(*leaves, targets, reduction=reduction, backend=backend)
-        assert loss.requires_grad == any(needs)
-        testing.assert_as_accurate("loss", loss, plain=plain, truth=truth)
-        if not any(needs):
-            continue
-        generator = torch.Generator().manual_seed(0)
-        loss.backward(torch.randn(loss.shape, generator=generator).to(loss))
-        got = [leaf.grad for leaf in leaves]
-        want = [g if n else None for g, n in zip(everything[1:], needs, strict=True)]
-        assert_same_bits(got, want)
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_needs_no_gradient_under_no_grad(backend, device):
-    *tensors, targets = inputs(12, 6, 20, device=device)
-    leaves = [t.requires_grad_() for t in tensors]
-    with torch.no_grad():
-        assert not ours(*leaves, targets, backend=backend).requires_grad
-    with torch.inference_mode():
-        assert not ours(*leaves, targets, backend=backend).requires_grad
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_kept_graph_can_be_used_again(reduction, backend, device):
-    *tensors, targets = inputs(5, 6, 20, torch.bfloat16, device)
-    leaves = [t.requires_grad_() for t in tensors]
-    loss = ours(*leaves, targets, reduction=reduction, backend=backend)
-    one = torch.ones_like(loss)
-    first = torch.autograd.grad(loss, leaves, one, retain_graph=True)
-    kept = [g.clone() for g in first]
-    second = torch.autograd.grad(loss, leaves, 2 * one, retain_graph=True)
-    third = torch.autograd.grad(loss, leaves, one)
-    assert_same_bits(first, kept)
-    assert_same_bits(second, [2 * g for g in kept])
-    assert_same_bits(third, kept)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, leaves, one)
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_differentiating_twice_raises(reduction, backend, device):
-    *tensors, targets = inputs(4, 6, 20, device=device)
-    leaves = [t.requires_grad_() for t in tensors]
-    loss = ours(*leaves, targets, reduction=reduction, backend=backend).sum()
-    gradient = torch.autograd.grad(loss, leaves, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="gradient of a gradient"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_an_embedding_may_be_the_weight(backend, device):
-    _, weight, _, targets = inputs(12, 6, 20, torch.float64, device, ignored=0)
-
-    def tied(table, loss):
-        return loss(F.embedding(targets.roll(1), table), table, None, targets)
-
-    got = testing.run(tied, weight, lambda *a: ours(*a, backend=backend))
-    want = testing.run(tied, weight, definition)
-    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -340,22 +253,6 @@ def test_any_layout_agrees_with_torch(backend, device):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_incoming_gradients_may_have_any_strides(backend, device):
-    x, weight, bias, targets = inputs(6, 6, 40, device=device)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-
-    def gradients(upstream):
-        losses = ours(*leaves, targets, reduction="none", backend=backend)
-        return list(torch.autograd.grad(losses, leaves, upstream))
-
-    upstream = torch.randn(6, device=device)
-    for _, view in layouts(upstream):
-        assert_same_bits(gradients(view), gradients(upstream))
-    expanded = torch.ones((), device=device).expand(6)
-    assert_same_bits(gradients(expanded), gradients(expanded.contiguous()))
-
-
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
 def test_targets_of_any_integer_dtype(dtype, backend, device):
     x, weight, bias, targets = inputs(12, 6, 40, device=device, ignored=0)
@@ -414,74 +311,6 @@ def test_a_target_out_of_range_is_nan_in_the_kernel(target, device):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, None)])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast_gives_gradients_in_the_dtypes_of_the_parameters(
-    reduction, dtypes, backend, device
-):
-    *tensors, targets = inputs(12, 16, 140, torch.bfloat16, device)
-    tensors = [None if d is None else t.to(d) for t, d in zip(tensors, dtypes, strict=True)]
-
-    def under_autocast(*arguments):
-        with torch.autocast(device, torch.bfloat16):
-            return ours(*arguments, targets, reduction=reduction, backend=backend)
-
-    got = testing.run(under_autocast, *tensors)
-    truth = testing.run(definition, *tensors, targets, dtype=torch.float64, reduction=reduction)
-    plain = testing.run(definition, *tensors, targets, dtype=torch.float32, reduction=reduction)
-    assert got[0].dtype == torch.float32
-    for tensor, gradient in zip([t for t in tensors if t is not None], got[1:], strict=True):
-        assert gradient.dtype == tensor.dtype
-    # the products round to bfloat16 on a GPU, whatever the parameters are
-    plain = [plain[0], *(g.bfloat16() for g in plain[1:])]
-    testing.assert_all_as_accurate("autocast", got, plain=plain, truth=truth)
-
-
-def test_autocast_rounds_what_linear_would_round(device):
-    x, weight, bias, targets = inputs(12, 16, 40, device=device)
-    with torch.autocast(device, torch.bfloat16):
-        got = ours(x, weight, bias, targets)
-    assert torch.equal(got, ours(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), targets))
-    assert not torch.equal(got, ours(x, weight, bias, targets))
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_is_equal_to_eager(reduction, backend, device):
-    def step(x, weight, bias, targets):
-        return ours(x, weight, bias, targets, shift=1, reduction=reduction, backend=backend)
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (12, 6):
-        x, weight, bias, targets = inputs(rows, 6, 20, device=device)
-        arguments = (x.view(2, -1, 6), weight, bias, targets.view(2, -1))
-        assert_same_bits(testing.run(compiled, *arguments), testing.run(step, *arguments))
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("step", ["forward", "gradients", "backward"])
-def test_operators_are_what_torch_expects(step, backend, device):
-    x, weight, bias, targets = inputs(4, 6, 20, device=device)
-    operator = getattr(torch.ops.fastlm, f"linear_cross_entropy_{step}").default
-    arguments = (x, weight, bias, targets)
-    ones, some = torch.ones(4, device=device), torch.rand(20, device=device)
-    for class_weight, options, need_stats in (
-        (None, NO_OPTIONS, False),
-        (some, (-100, 0.1, 3.0, 0.5), True),
-    ):
-        if step == "forward":
-            rest = (class_weight, *options, need_stats)
-        elif step == "gradients":
-            z_weight = ones[0] if need_stats else None
-            rest = (class_weight, z_weight, *options, need_stats, True, False, True)
-        else:
-            rest = (class_weight, ones, ones, *options, True, True, True)
-        upstream = (ones, *([ones] * 3 if need_stats else [None] * 3)) if step == "backward" else ()
-        torch.library.opcheck(operator, (*upstream, *arguments, *rest, "", 20, backend))
-
-
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 def test_passes_its_own_check(dtype, backend, device):
     arguments = inputs(12, 16, 140, dtype, device)
@@ -489,16 +318,6 @@ def test_passes_its_own_check(dtype, backend, device):
         for reduction in ("mean", "none"):
             testing.run(ours, *arguments, reduction=reduction, backend=backend)
         ours(*arguments, backend=backend)
-
-
-def test_explains_each_step(device):
-    x, weight, _, targets = inputs(12, 16, 140, device=device)
-    x.requires_grad_()
-    explained = fastlm.explain("linear_cross_entropy", x, weight, targets)
-    assert list(explained.steps) == ["gradients"]
-    explained = fastlm.explain("linear_cross_entropy", x, weight, targets, reduction="none")
-    assert list(explained.steps) == ["forward", "backward"]
-    assert explained.steps["backward"].backend == ("triton" if device == "cuda" else "torch")
 
 
 WRONG = [

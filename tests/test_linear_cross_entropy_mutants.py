@@ -10,23 +10,24 @@ from support.mutants import Mutant, killed
 
 from fastlm import testing
 
-OP = "fastlm/ops/linear_cross_entropy.py"
+GRADIENTS = "fastlm/ops/_linear_loss.py"
+LAYER = "fastlm/ops/_linear.py"
 LOSSES = "fastlm/ops/cross_entropy.py"
 MUTANTS = [
-    Mutant("num_items does not divide the gradients", OP,
+    Mutant("num_items does not divide the gradients", GRADIENTS,
            "scale = over(dloss, divisor)", "scale = dloss"),
-    Mutant("num_items does not divide the loss", OP,
+    Mutant("num_items does not divide the loss", GRADIENTS,
            "total = over(losses.sum(), divisor)", "total = losses.sum()"),
-    Mutant("targets are shifted the other way", OP,
+    Mutant("targets are shifted the other way", LAYER,
            "F.pad(target[..., shift:], (0, shift), value=ignore_index)",
            "F.pad(target[..., : steps - shift], (shift, 0), value=ignore_index)"),
-    Mutant("the last positions predict the first class", OP,
+    Mutant("the last positions predict the first class", LAYER,
            "(0, shift), value=ignore_index)", "(0, shift), value=0)"),
-    Mutant("no positions divide their gradients by zero", OP,
+    Mutant("no positions divide their gradients by zero", GRADIENTS,
            "divisor.masked_fill(count == 0, 1)", "divisor"),
-    Mutant("gradients of a kept graph are scaled twice", OP,
+    Mutant("gradients of a kept graph are scaled twice", GRADIENTS,
            "x * scale if kept else x.mul_(scale)", "x.mul_(scale)"),
-    Mutant("the incoming gradient is forgotten per position", OP,
+    Mutant("the incoming gradient is forgotten per position", GRADIENTS,
            "if dlosses is None else dlosses\n", "if True else dlosses\n"),
     Mutant("ignored positions are counted", LOSSES,
            "(self._target != self._ignore_index).sum()", "(self._target == self._target).sum()"),
@@ -64,6 +65,6 @@ def test_a_planted_bug_is_noticed(mutant):
 @interpreted_only
 def test_a_changed_comment_is_not():
     comment = Mutant(
-        "a comment", OP, "The gradient of a mean over nothing is zero;", "The divisor."
+        "a comment", GRADIENTS, "The gradient of a mean over nothing is zero;", "The divisor."
     )
     assert not killed(comment, _check)

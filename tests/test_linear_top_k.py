@@ -231,7 +231,7 @@ def test_is_an_operator_as_torch_expects(backend, device):
     x, weight, bias = layer(2, 5, 20, device=device)
     with forced():
         for added in (bias, None):
-            torch.library.opcheck(operator, (x, weight, added, 1, None, 1.0, backend))
+            torch.library.opcheck(operator, (x, weight, added, 1, None, 1.0, "", 20, backend))
 
 
 @interpreted_only
@@ -254,7 +254,7 @@ def test_a_k_too_large_for_the_kernel_is_refused_by_it_alone(device):
 
 def test_refuses_more_classes_than_it_can_count():
     x, weight = (torch.empty(n, 1, device="meta") for n in (1, 2**30 + 1))
-    refusal = kernels.forward_refuses(x, weight, None, 1, None, 1.0)
+    refusal = kernels.forward_refuses(x, weight, None, 1, None, 1.0, "", 2**30 + 1)
     assert refusal == "linear_weight must have at most 1073741824 classes, got 1073741825"
 
 

@@ -211,7 +211,7 @@ MUTANTS = [
     Mutant("a lane of -inf alone makes the sum NaN", KERNEL,
            'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"),
     Mutant("lanes are summed without their maxima", KERNEL,
-           "running_sum * tl.exp(running_max - maximum)", "running_sum"),
+           "running_sum * tl.exp(running_max - origin)", "running_sum"),
     Mutant("the likely class is judged by a rounded lse", KERNEL,
            "(x - maximum) - log_sum", "x - (maximum + log_sum)"),
 ]  # fmt: skip

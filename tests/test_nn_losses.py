@@ -103,6 +103,25 @@ def test_the_modules_pass_on_what_torch_does_not_have(device):
     torch.testing.assert_close(nn.CrossEntropyLoss(**options)(linear.linear(x), target), expected)
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, ""),
+        ({"ignore_index": -1, "reduction": "sum"}, "reduction='sum', ignore_index=-1"),
+        ({"weight": torch.ones(7), "label_smoothing": 0.1}, "weight=(7,), label_smoothing=0.1"),
+        (
+            {"softcap": 30.0, "logit_scale": 0.5, "z_loss": 1e-4, "backend": "torch"},
+            "softcap=30.0, logit_scale=0.5, z_loss=0.0001, backend='torch'",
+        ),
+    ],
+)
+def test_shows_what_it_was_told(options, shown):
+    assert repr(nn.CrossEntropyLoss(**options)) == f"CrossEntropyLoss({shown})"
+    linear = nn.LinearCrossEntropyLoss(6, 7, **options)
+    assert linear.extra_repr() == shown
+    assert "(linear): Linear(in_features=6, out_features=7, bias=False)" in repr(linear)
+
+
 OPTIONS = [
     (nn.CrossEntropyLoss, (), "size_average", True),
     (nn.CrossEntropyLoss, (), "reduce", False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,16 +16,29 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-class ShardedCall(NamedTuple):
+class ShardedLayer(NamedTuple):
     """The tensors of a call on this process.
 
     Attributes:
         linear_weight: ``(classes here, C)``; rank r of n has the classes [r S, (r + 1) S), where S
             is V / n rounded up.
         linear_bias: ``(classes here,)``.
-        weight: ``(V,)``.
         group: Registered name of the processes.
         num_classes: V.
+    """
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    group: str
+    num_classes: int
+
+
+class ShardedLoss(NamedTuple):
+    """:class:`ShardedLayer`, and what a loss needs.
+
+    Attributes:
+        weight: ``(V,)``.
     """
 
     input: Tensor
@@ -41,7 +55,7 @@ def is_distributed(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def sharded_call(
+def sharded_loss(
     op: str,
     input: Tensor,
     linear_weight: Tensor,
@@ -49,16 +63,43 @@ def sharded_call(
     target: Tensor,
     weight: Tensor | None,
     process_group: dist.ProcessGroup | None,
-) -> ShardedCall:
+) -> ShardedLoss:
+    """:func:`sharded_layer` of a loss, whose targets and class weights every rank has whole."""
+    if is_distributed(linear_weight):
+        matrix: DTensor = linear_weight  # type: ignore[assignment]
+        target = _replica(op, "target", target, matrix)
+        weight = None if weight is None else _replica(op, "weight", weight, matrix)
+    input, linear_weight, linear_bias, group, num_classes = sharded_layer(
+        op, input, linear_weight, linear_bias, process_group, target=target
+    )
+    return ShardedLoss(input, linear_weight, linear_bias, target, weight, group, num_classes)
+
+
+def sharded_layer(
+    op: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+    **shared: Tensor | int,
+) -> ShardedLayer:
     """Check how the layer is split, and take the part of this process.
 
     An error that one rank alone raises leaves the others waiting for it, so these checks look at
     what all ranks know, or, on CPU, ask them first.
 
+    Args:
+        op: Who asks.
+        input: Whole on every rank.
+        linear_weight: ``(classes here, C)``, or a DTensor.
+        linear_bias: Split as ``linear_weight`` is.
+        process_group: None takes a DTensor's.
+        shared: What else must be the same on all ranks, under the names of the arguments.
+
     Raises:
         ValueError: ``linear_weight`` is no DTensor with ``Shard(0)`` over a mesh of one dimension,
             another tensor is distributed otherwise, or ``process_group`` is not the mesh's; on CPU,
-            ranks have different inputs, targets, or numbers of classes.
+            ranks differ in the sizes of their inputs, their numbers of classes, or what is shared.
         TypeError: ``process_group`` is none, or not one of this process.
     """
     if process_group is not None and not (
@@ -72,22 +113,18 @@ def sharded_call(
         matrix: DTensor = linear_weight  # type: ignore[assignment]
         group, num_classes = _group_of(op, matrix, process_group), matrix.shape[0]
         linear_bias = _shard_beside(op, "linear_bias", linear_bias, matrix)
-        input, target = _replica(op, "input", input, matrix), _replica(op, "target", target, matrix)
-        weight = None if weight is None else _replica(op, "weight", weight, matrix)
+        input = _replica(op, "input", input, matrix)
         linear_weight = matrix.to_local()
     else:
         check_tensor(op, "linear_weight", linear_weight)
         check_shape(op, "linear_weight", linear_weight, ("V / ranks", "C"))
         group = process_group
         num_classes = linear_weight.shape[0] * dist.get_world_size(group)
-    if not torch.compiler.is_compiling() and all(
-        type(x) in PLAIN and x.is_cpu for x in (input, linear_weight, target)
-    ):
-        _check_agreement(op, input, linear_weight, linear_bias, target, group, num_classes)
+    tensors = [input, linear_weight, *(x for x in shared.values() if isinstance(x, Tensor))]
+    if not torch.compiler.is_compiling() and all(type(x) in PLAIN and x.is_cpu for x in tensors):
+        _check_agreement(op, input, linear_weight, linear_bias, shared, group, num_classes)
     check_that(op, "linear_weight", num_classes > 0, "have at least one class", "V = 0")
-    return ShardedCall(
-        input, linear_weight, linear_bias, target, weight, group.group_name, num_classes
-    )
+    return ShardedLayer(input, linear_weight, linear_bias, group.group_name, num_classes)
 
 
 def _group_of(
@@ -142,7 +179,7 @@ def _check_agreement(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-    target: Tensor,
+    shared: Mapping[str, Tensor | int],
     group: dist.ProcessGroup,
     num_classes: int,
 ) -> None:
@@ -154,8 +191,9 @@ def _check_agreement(
         "input's dtype": input.itemsize,
         "input's need of a gradient": int(input.requires_grad and torch.is_grad_enabled()),
         "linear_bias": -1 if linear_bias is None else linear_bias.numel() - linear_weight.shape[0],
-        "target": int(mark_of(target)),
     }
+    for name, value in shared.items():
+        mine[name] = int(mark_of(value)) if isinstance(value, Tensor) else value
     all_of = [torch.empty(len(mine), dtype=torch.int64) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_of, torch.tensor(list(mine.values())), group=group)
     sizes, *rest = torch.stack(all_of, 1)

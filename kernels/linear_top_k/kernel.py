@@ -28,8 +28,10 @@ _NONE: tl.constexpr = tl.constexpr(2**31 - 1)
 def top_k_kernel(
     logits_ptr,  # (rows, vocab_size) ACC
     bias_ptr,  # (vocab_size,), read if HAS_BIAS
-    logprobs_ptr,  # (rows, k) ACC
+    logprobs_ptr,  # (rows, k) ACC; x if IS_SHARD
     indices_ptr,  # (rows, k) int64
+    keys_ptr,  # (rows, k) ACC, written if IS_SHARD
+    sums_ptr,  # (rows, 2) ACC, maximum and total, written if IS_SHARD
     vocab_size,
     k,
     softcap: tl.float64,
@@ -37,6 +39,7 @@ def top_k_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SCALE_IS_NEGATIVE: tl.constexpr,
+    IS_SHARD: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_LANE: tl.constexpr,
     ACC: tl.constexpr,
@@ -46,6 +49,7 @@ def top_k_kernel(
     logits_ptr += row * vocab_size
     logprobs_ptr += row * k
     indices_ptr += row * k
+    keys_ptr += row * k
     lanes = tl.arange(0, BLOCK_V)
     running_max = tl.full((BLOCK_V,), float("-inf"), ACC)
     running_sum = tl.zeros((BLOCK_V,), ACC)
@@ -66,15 +70,27 @@ def top_k_kernel(
         running_max = new_max
     classes = blocks + lanes
     maximum = tl.max(running_max, 0)
-    log_sum = tl.log(tl.sum(running_sum * tl.exp(running_max - maximum), 0))
+    origin = maximum
+    if IS_SHARD:
+        # a shard of nothing but -inf adds nothing: it is no NaN
+        origin = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.sum(running_sum * tl.exp(running_max - origin), 0)
+    log_sum = tl.log(total)
+    if IS_SHARD:
+        tl.store(sums_ptr + 2 * row, maximum)
+        tl.store(sums_ptr + 2 * row + 1, total)
 
     for place in range(k):
         best = tl.max(keys, 0)
         found = tl.min(tl.where(keys == best, classes, _NONE), 0)
         u = -best if SCALE_IS_NEGATIVE else best
         x = transform(u, logit_scale, softcap, HAS_SOFTCAP, ACC)
-        # in two steps: their sum, rounded, has lost what a likely class is judged by
-        tl.store(logprobs_ptr + place, (x - maximum) - log_sum)
+        if IS_SHARD:
+            tl.store(keys_ptr + place, best)
+        else:
+            # in two steps: their sum, rounded, has lost what a likely class is judged by
+            x = (x - maximum) - log_sum
+        tl.store(logprobs_ptr + place, x)
         tl.store(indices_ptr + place, found.to(tl.int64))
         next_key, next_class = _next_of_lane(
             logits_ptr, bias_ptr, best, found, vocab_size,

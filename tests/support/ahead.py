@@ -39,6 +39,7 @@ from fastlm.kernels._shards import Shard
 from fastlm.kernels.attention.tuning import Plan, shared_memory
 from fastlm.kernels.attention.tuning import plan as attention_plan
 from fastlm.kernels.linear_cross_entropy import chunk
+from fastlm.kernels.linear_top_k.launch import launch_top_k
 
 ARCHES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,12 +125,18 @@ def _sharded_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options:
 
 
 def linear_top_k_launches(dtype: torch.dtype) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
     for vocab_size in (512, 50_304, 128_256):
         matrix = empty(vocab_size, 64, dtype=dtype)
-        linear_top_k.forward(empty(8, 64, dtype=dtype), matrix, None, 64, None, 1.0)
+        whole = (None, 1.0, "", vocab_size)
+        linear_top_k.forward(empty(8, 64, dtype=dtype), matrix, None, 64, *whole)
         inputs, matrix = empty(5, 63, dtype=dtype), empty(vocab_size - 3, 63, dtype=dtype)
         bias = empty(vocab_size - 3, dtype=dtype)
-        linear_top_k.forward(inputs, matrix, bias, 5, 30.0, -0.5)
+        linear_top_k.forward(inputs, matrix, bias, 5, 30.0, -0.5, "", vocab_size - 3)
+        # what a shard knows of the same
+        logits, best = (empty(5, n, dtype=wide) for n in (vocab_size - 3, 5))
+        indices = empty(5, 5, dtype=torch.int64)
+        launch_top_k(logits, bias, 30.0, -0.5, best, indices, best, best)
 
 
 def attention_launches(dtype: torch.dtype) -> None:

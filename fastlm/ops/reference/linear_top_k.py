@@ -1,4 +1,7 @@
-"""The k largest log-probabilities of a linear layer's logits, and their classes."""
+"""The k largest log-probabilities of a linear layer's logits, and their classes.
+
+Every rank of a ``group`` gathers the layer from all.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops.reference._shards import whole
 from fastlm.ops.reference.cross_entropy import transform
 
 _ROWS_AT_ONCE = 64
@@ -18,8 +22,11 @@ def forward(
     k: int,
     softcap: float | None,
     logit_scale: float,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor]:
     """``(..., C)`` and ``(V, C)`` to ``(..., k)`` log-probabilities, wide, and classes, int64."""
+    linear_weight, linear_bias = whole(group, num_classes, linear_weight, linear_bias)
     dtype = torch.promote_types(input.dtype, torch.float32)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     x = transform(F.linear(input.to(dtype), linear_weight.to(dtype), bias), softcap, logit_scale)
@@ -34,11 +41,14 @@ def truth_forward(
     k: int,
     softcap: float | None,
     logit_scale: float,
+    group: str,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor]:
     """:func:`forward` in float64."""
-    bias = None if linear_bias is None else linear_bias.double()
+    linear_weight, linear_bias = whole(group, num_classes, linear_weight, linear_bias)
+    matrix, bias = linear_weight.double(), None if linear_bias is None else linear_bias.double()
     parts = [
-        forward(rows.double(), linear_weight.double(), bias, k, softcap, logit_scale)
+        forward(rows.double(), matrix, bias, k, softcap, logit_scale, "", num_classes)
         for rows in input.reshape(-1, input.shape[-1]).split(_ROWS_AT_ONCE)
     ]
     shape = (*input.shape[:-1], k)
