@@ -20,6 +20,8 @@ from fastlm.cli import FAILED
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "pyyaml")
 OPTIONAL = ("triton", "matplotlib", "transformers")
+# which refuse inputs that require one
+WITHOUT_GRADIENT = ("attention_with_kv_cache",)
 USAGE_TEXT = """usage: fastlm doctor [--json]
 
 Shows versions, devices and the backend of every op, then compares each backend, forward and
@@ -133,6 +135,7 @@ def _compare(op: Callable[..., Any], name: str, backend: str, device: str) -> No
     from fastlm.functional import checked
 
     inputs, constants = example(name, device)
+    constants["backward"] = name not in WITHOUT_GRADIENT
     with checked():
         actual = testing.run(op, *inputs, **constants, backend=backend)
     constants["backend"] = "reference"
@@ -160,6 +163,11 @@ def example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         angles = normal(9, 16)
         heads = (normal(1, 9, 4, 32), normal(1, 9, 2, 32))
         return heads, {"cos": angles.cos(), "sin": angles.sin()}
+    if op == "attention_with_kv_cache":
+        caches = normal(2, 300, 2, 32), normal(2, 300, 2, 32)
+        tokens = {"key": normal(2, 3, 2, 32), "value": normal(2, 3, 2, 32)}
+        lengths = torch.tensor([290, 7], dtype=torch.int32, device=device)
+        return (normal(2, 3, 4, 32), *caches), {**tokens, "cache_seqlens": lengths}
     if op == "linear_top_k":
         return (normal(2, 20, 32), normal(300, 32)), {"k": 5}
     arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
@@ -185,7 +193,8 @@ def _backends(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in OPS:
         inputs, constants = example(name, device)
-        leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+        needs = name not in WITHOUT_GRADIENT
+        leaves = [x.requires_grad_(needs) if x.is_floating_point() else x for x in inputs]
         steps = explain(name, *leaves, **constants).steps
         found[name] = {
             step: {"backend": choice.backend, "refusals": choice.refusals}

@@ -155,7 +155,7 @@ def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, query: T
         delta_kernel, (triton.cdiv(num_queries, plan.block_m) * batch * heads,),
         out, dout, lse, None if dlse is None else dlse.contiguous(), delta,
         *dout.stride()[:3], heads, num_queries,
-        VALUE_DIM=value_dim, BLOCK_M=plan.block_m, BLOCK_V=_block(value_dim),
+        VALUE_DIM=value_dim, BLOCK_M=plan.block_m, BLOCK_V=block_of(value_dim),
         ACC=accumulator(query.dtype), HAS_DLSE=dlse is not None,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
@@ -205,7 +205,6 @@ def _options(
 ) -> dict[str, Any]:
     """The compile-time values that are neither in the plan nor about sequences."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -214,14 +213,20 @@ def _options(
         "HAS_SOFTCAP": softcap is not None,
         # where its error stays below what a score is rounded to
         "FAST_CAP": softcap is not None and softcap <= 128.0 and query.itemsize == 2,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "BLOCK_D": _block(head_dim),
-        "BLOCK_V": _block(value_dim),
+        "PRECISION": product_precision(query.dtype),
+        "BLOCK_D": block_of(head_dim),
+        "BLOCK_V": block_of(value_dim),
         "ACC": accumulator(query.dtype),
     }
 
 
-def _block(dim: int) -> int:
+def product_precision(dtype: torch.dtype) -> str:
+    """Of products, as torch's own settings say."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def block_of(dim: int) -> int:
     """A product needs 16 columns or more."""
     return max(16, triton.next_power_of_2(dim))
 
