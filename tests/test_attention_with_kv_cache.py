@@ -247,7 +247,7 @@ def test_explain_names_the_backend(device):
 
 
 def wrong(**changes):
-    one = call((5, 9), 2, page_size=0)
+    one = call((5, 9), 2, heads=4, kv_heads=2)
     arguments = {
         "query": one.query, "k_cache": one.k_cache, "v_cache": one.v_cache,
         "cache_seqlens": 5, **one.options, **changes,
@@ -288,7 +288,7 @@ def wrong(**changes):
         ({"query": torch.zeros(2, 2, 4, 16).requires_grad_()}, ValueError, "no_grad"),
         ({"backend": "cuda"}, NotImplementedError, "no cuda backend"),
     ],
-    ids=lambda value: str(list(value)[0]) if isinstance(value, dict) else None,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )  # fmt: skip
 def test_wrong_arguments_are_named(changes, error, message):
     with pytest.raises(error, match=f"attention_with_kv_cache: .*{message}|{message}"):

@@ -62,11 +62,7 @@ def test_layout_changes_no_bit(device, name):
     tensor = one.options[name] if name in one.options else getattr(one, name)
     for layout, view in layouts(tensor, last_contiguous=True):
         options = {"cache_seqlens": one.seqlens, **one.options}
-        tensors = {
-            "query": one.query,
-            "k_cache": one.k_cache.clone(),
-            "v_cache": one.v_cache.clone(),
-        }
+        tensors = one.tensors()
         (options if name in options else tensors)[name] = view
         with torch.no_grad():
             out, lse = fastlm.attention_with_kv_cache(
@@ -108,11 +104,7 @@ def test_strides_beyond_32_bits(name):
         strides[dim] = 2**31 + 64
         far = sparse(tensor.shape, strides, tensor.dtype).copy_(tensor)
         options = {"cache_seqlens": one.seqlens, **one.options}
-        tensors = {
-            "query": one.query,
-            "k_cache": one.k_cache.clone(),
-            "v_cache": one.v_cache.clone(),
-        }
+        tensors = one.tensors()
         (options if name in options else tensors)[name] = far
         with torch.no_grad():
             out = fastlm.attention_with_kv_cache(**tensors, **options, backend="triton")
@@ -178,7 +170,7 @@ def test_a_page_that_is_none(device, page):
 def test_on_a_cpu_a_page_that_is_none_raises(backend):
     one = call((25,), 2, page_size=10)
     one.options["block_table"][0, 1] = 1000
-    with pytest.raises(ValueError, match="block_table must name pages from 0 to 12 .* got .*1000"):
+    with pytest.raises(ValueError, match=r"block_table must name pages from 0 to 12 .* got .*1000"):
         one(backend)
 
 

@@ -84,12 +84,12 @@ def described(report: dict[str, Any]) -> str:
         for op, steps in ops.items():
             for step, choice in steps.items():
                 why = "; ".join(f"not {k}: {v}" for k, v in choice["refusals"].items())
-                lines.append(f"  {op:<22}{step:<10}{choice['backend'] or 'none':<11}{why}")
+                lines.append(f"  {op:<25}{step:<10}{choice['backend'] or 'none':<11}{why}")
     if "self_test" in report:
         lines += ["", "self-test against the definition in float64"]
         for row in report["self_test"]:
             place = f"{row['backend']} on {row['device']}"
-            lines.append(f"  {row['op']:<22}{place:<20}{row['result']:<14}{row['detail']}")
+            lines.append(f"  {row['op']:<25}{place:<20}{row['result']:<14}{row['detail']}")
     lines += [""] + [f"hint: {hint}" for hint in report["hints"]]
     lines += [f"BROKEN: {problem}" for problem in report["problems"]]
     return "\n".join([*lines, "" if report["problems"] else "nothing is broken"]).rstrip()

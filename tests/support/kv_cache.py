@@ -62,6 +62,11 @@ class Call:
     def seqlens(self) -> Tensor:
         return torch.tensor(self.lengths, dtype=torch.int32, device=self.query.device)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The positional arguments by name, caches copied."""
+        caches = {"k_cache": self.k_cache.clone(), "v_cache": self.v_cache.clone()}
+        return {"query": self.query, **caches}
+
     def of_row(self, row: int) -> Call:
         """The same call for one row of the batch alone."""
         table = self.options.get("block_table")
