@@ -286,6 +286,7 @@ def wrong(**changes):
         ({"softcap": -1.0}, ValueError, "softcap must be positive and finite"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks must have shape"),
         ({"query": torch.zeros(2, 2, 4, 16).requires_grad_()}, ValueError, "no_grad"),
+        ({"sinks": torch.zeros(4).requires_grad_()}, ValueError, "sinks must not require"),
         ({"backend": "cuda"}, NotImplementedError, "no cuda backend"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -132,9 +132,7 @@ def _check_tensors(
         tensors |= {"key": key, "value": value}
     for name, x in tensors.items():
         check_tensor(_OP, name, x)
-        if torch.is_grad_enabled():
-            requirement = "not require a gradient, the op has none: use torch.no_grad()"
-            check_that(_OP, name, not x.requires_grad, requirement, "requires_grad=True")
+        _check_constant(name, x)
     check_dtype(_OP, "query", query)
     check_shape(_OP, "query", query, ("B", "T", "H", "D"))
     batch, num_queries, heads, head_dim = query.shape
@@ -162,6 +160,12 @@ def _check_tensors(
     divides = kv_heads > 0 and heads > 0 and heads % kv_heads == 0
     requirement = "have a number of heads that divides query's"
     check_that(_OP, "k_cache", divides, requirement, f"{kv_heads} for {heads}")
+
+
+def _check_constant(name: str, x: Tensor) -> None:
+    needs = torch.is_grad_enabled() and x.requires_grad
+    requirement = "not require a gradient, the op has none: use torch.no_grad()"
+    check_that(_OP, name, not needs, requirement, "requires_grad=True")
 
 
 def _check_rotary(
@@ -223,6 +227,7 @@ def _check_options(
         check_that(_OP, "softcap", 0 < softcap < math.inf, "be positive and finite", softcap)
     if sinks is not None:
         check_tensor(_OP, "sinks", sinks)
+        _check_constant("sinks", sinks)
         check_dtype(_OP, "sinks", sinks)
         check_shape(_OP, "sinks", sinks, query.shape[2:3], "to match query")
         check_same_device(_OP, "sinks", sinks, "query", query)
