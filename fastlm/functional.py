@@ -10,6 +10,7 @@ from fastlm.ops._checked import KernelMismatch, checked
 from fastlm.ops._checks import check_choice
 from fastlm.ops._explain import Explanation
 from fastlm.ops.attention import causal_attention
+from fastlm.ops.attention_with_kv_cache import attention_with_kv_cache
 from fastlm.ops.cross_entropy import LossStats, cross_entropy
 from fastlm.ops.glu import glu, swiglu
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +23,7 @@ OPS = {
     op.__name__: op
     for op in (
         apply_rotary,
+        attention_with_kv_cache,
         causal_attention,
         cross_entropy,
         glu,

@@ -82,9 +82,10 @@ def run(
         dtype: Cast float tensors to this before.
         backward: Also compute gradients.
         upstream_seed: Incoming gradients are random, the same for every dtype and device.
-        kwargs: Passed on.
+        kwargs: Passed on; float tensors among them are cast too.
     """
     leaves = [_leaf(x, dtype, backward) for x in inputs]
+    kwargs = {name: _leaf(x, dtype, False) for name, x in kwargs.items()}
     outputs = [x for x in as_tuple(function(*leaves, **kwargs)) if x is not None]
     floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     results: list[Tensor | None] = [x.detach() for x in outputs]

@@ -20,6 +20,8 @@ from fastlm.cli import FAILED
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "pyyaml")
 OPTIONAL = ("triton", "matplotlib", "transformers")
+# which refuse inputs that require one
+WITHOUT_GRADIENT = ("attention_with_kv_cache",)
 USAGE_TEXT = """usage: fastlm doctor [--json]
        fastlm doctor --warm [flags]
 
@@ -90,12 +92,12 @@ def described(report: dict[str, Any]) -> str:
         for op, steps in ops.items():
             for step, choice in steps.items():
                 why = "; ".join(f"not {k}: {v}" for k, v in choice["refusals"].items())
-                lines.append(f"  {op:<22}{step:<10}{choice['backend'] or 'none':<11}{why}")
+                lines.append(f"  {op:<25}{step:<10}{choice['backend'] or 'none':<11}{why}")
     if "self_test" in report:
         lines += ["", "self-test against the definition in float64"]
         for row in report["self_test"]:
             place = f"{row['backend']} on {row['device']}"
-            lines.append(f"  {row['op']:<22}{place:<20}{row['result']:<14}{row['detail']}")
+            lines.append(f"  {row['op']:<25}{place:<20}{row['result']:<14}{row['detail']}")
     lines += [""] + [f"hint: {hint}" for hint in report["hints"]]
     lines += [f"BROKEN: {problem}" for problem in report["problems"]]
     return "\n".join([*lines, "" if report["problems"] else "nothing is broken"]).rstrip()
@@ -141,6 +143,7 @@ def _compare(op: Callable[..., Any], name: str, backend: str, device: str) -> No
     from fastlm.functional import checked
 
     inputs, constants = example(name, device)
+    constants["backward"] = name not in WITHOUT_GRADIENT
     with checked():
         actual = testing.run(op, *inputs, **constants, backend=backend)
     constants["backend"] = "reference"
@@ -168,6 +171,11 @@ def example(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         angles = normal(9, 16)
         heads = (normal(1, 9, 4, 32), normal(1, 9, 2, 32))
         return heads, {"cos": angles.cos(), "sin": angles.sin()}
+    if op == "attention_with_kv_cache":
+        caches = normal(2, 300, 2, 32), normal(2, 300, 2, 32)
+        tokens = {"key": normal(2, 3, 2, 32), "value": normal(2, 3, 2, 32)}
+        lengths = torch.tensor([290, 7], dtype=torch.int32, device=device)
+        return (normal(2, 3, 4, 32), *caches), {**tokens, "cache_seqlens": lengths}
     if op == "linear_top_k":
         return (normal(2, 20, 32), normal(300, 32)), {"k": 5}
     arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
@@ -193,7 +201,8 @@ def _backends(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in OPS:
         inputs, constants = example(name, device)
-        leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+        needs = name not in WITHOUT_GRADIENT
+        leaves = [x.requires_grad_(needs) if x.is_floating_point() else x for x in inputs]
         steps = explain(name, *leaves, **constants).steps
         found[name] = {
             step: {"backend": choice.backend, "refusals": choice.refusals}

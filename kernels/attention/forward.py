@@ -10,7 +10,6 @@ Blocks that all its queries see need no mask; those at the far end of the window
 those on the diagonal after.
 
 Exponentials are base 2: exp(scale * x) = 2^(scale * log2(e) * x), one multiply-add per score.
-Scaling after the row maximum needs a positive scale, so the sign goes into the query: exact.
 A sink is the learned score of a key without a value: what the running sum starts with.
 """
 
@@ -24,7 +23,9 @@ from .tiles import (
     key_range,
     load_rows,
     place_queries,
+    positive_scale,
     score_factors,
+    softmax_step,
     store_rows,
     visible,
 )
@@ -90,13 +91,8 @@ def forward_kernel(
     v_ptr += batch * stride_vb + kv_head * stride_vg + k_token.to(tl.int64) * stride_vs
 
     queries = first_query + tl.arange(0, BLOCK_M)
-    scale = tl.full((), scale, ACC)
     q = load_rows(q_ptr, queries, q_count, stride_qt, HEAD_DIM, BLOCK_D, True)
-    if not HAS_SOFTCAP:
-        sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-        q = (q.to(ACC) * sign).to(q.dtype)
-        # a scale of 0 empties the query, and the factor may then be anything but 0: 0 * -inf is NaN
-        scale = tl.where(scale == 0, 1.0, tl.abs(scale))
+    q, scale = positive_scale(q, scale, HAS_SOFTCAP, ACC)
     inner, outer = score_factors(scale, softcap, HAS_SOFTCAP, ACC)
 
     row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
@@ -178,14 +174,9 @@ def _attend(
         if MASKED:
             seen = visible(queries[:, None], keys[None, :], num_keys, offset, window, HAS_WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * outer)
-        # inf - inf is NaN; a row that has seen -inf alone keeps a sum of 0, one of +inf gets +inf
-        pivot = tl.where(tl.abs(new_max) == float("inf"), 0.0, new_max)
-        p = tl.exp2(scores * outer - pivot[:, None])
-        rescale = tl.exp2(row_max - pivot)
+        p, rescale, row_max = softmax_step(scores, row_max, outer)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         v = load_rows(v_ptr, keys, num_keys, stride_vs, VALUE_DIM, BLOCK_V, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
-        row_max = new_max
     return acc, row_max, row_sum

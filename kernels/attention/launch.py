@@ -214,13 +214,13 @@ class _Sequences:
 def _plan(step: str, query: Tensor, value: Tensor, has_window: bool = False) -> tuning.Plan:
     plan = tuning.plan(
         step, query.shape[-1], value.shape[-1], query.dtype, device_of(query),
-        has_window, _uses_tf32(query),
+        has_window, uses_tf32(query),
     )  # fmt: skip
     assert plan is not None, "refused before"
     return plan
 
 
-def _uses_tf32(query: Tensor) -> bool:
+def uses_tf32(query: Tensor) -> bool:
     """What torch's own products would do; "none" there inherits, and so does this reading."""
     return query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -238,7 +238,7 @@ def _options(
         "HAS_SOFTCAP": softcap is not None,
         # where its error stays below what a score is rounded to
         "FAST_CAP": softcap is not None and softcap <= 128.0 and query.itemsize == 2,
-        "PRECISION": "tf32" if _uses_tf32(query) else "ieee",
+        "PRECISION": "tf32" if uses_tf32(query) else "ieee",
         "BLOCK_D": tuning.block(head_dim),
         "BLOCK_V": tuning.block(value_dim),
         "ACC": accumulator(query.dtype),

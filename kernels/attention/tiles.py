@@ -237,6 +237,31 @@ def score_factors(scale, softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def positive_scale(q, scale, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+    """``(q, scale)`` of equal scores, the scale above 0 unless a softcap takes it first.
+
+    Scaling after the row maximum needs that, and moving the sign into the query is exact.
+    """
+    scale = tl.full((), scale, ACC)
+    if not HAS_SOFTCAP:
+        sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+        q = (q.to(ACC) * sign).to(q.dtype)
+        # a scale of 0 empties the query, and the factor may then be anything but 0: 0 * -inf is NaN
+        scale = tl.where(scale == 0, 1.0, tl.abs(scale))
+    return q, scale
+
+
+@triton.jit
+def softmax_step(scores, row_max, outer):
+    """``(p, rescale, row_max)``: exponentials of one more block of scores, in base 2 after
+    ``outer``; the factor of what was summed before; the maximum of all."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * outer)
+    # inf - inf is NaN; a row that has seen -inf alone keeps a sum of 0, one of +inf gets +inf
+    pivot = tl.where(tl.abs(new_max) == float("inf"), 0.0, new_max)
+    return tl.exp2(scores * outer - pivot[:, None]), tl.exp2(row_max - pivot), new_max
+
+
+@triton.jit
 def capped(x, FAST: tl.constexpr):
     """tanh; FAST is off by 1e-7 near 0."""
     if FAST:

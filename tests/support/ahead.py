@@ -28,6 +28,7 @@ from fastlm.kernels import (
     _ahead,
     _runtime,
     attention,
+    attention_with_kv_cache,
     cross_entropy,
     linear_cross_entropy,
     linear_top_k,
@@ -203,8 +204,38 @@ def _attention(
     attention.backward(out, dlse, *inputs, out, lse, *options, True, True, with_rest)
 
 
+def attention_with_kv_cache_launches(dtype: torch.dtype) -> None:
+    for head_dim in (64, 128, 256):
+        for num_queries in (1, 20):
+            _attention_with_kv_cache(num_queries, 32, 8, head_dim, head_dim, dtype)
+            # lengths and strides that nothing divides
+            ragged = (num_queries, 6, 2, head_dim - 3, head_dim - 5, dtype)
+            _attention_with_kv_cache(*ragged, with_options=True)
+
+
+def _attention_with_kv_cache(
+    num_queries: int, heads: int, kv_heads: int, head_dim: int, value_dim: int,
+    dtype: torch.dtype, *, with_options: bool = False,
+) -> None:  # fmt: skip
+    size = (7, 48) if with_options else (2, 4096)
+    k_cache = empty(*size, kv_heads, head_dim, dtype=dtype)
+    v_cache = empty(*size, kv_heads, value_dim, dtype=dtype)
+    query = empty(2, num_queries, heads, head_dim, dtype=dtype)
+    key = empty(2, num_queries, kv_heads, head_dim, dtype=dtype)
+    value = empty(2, num_queries, kv_heads, value_dim, dtype=dtype)
+    lengths, sinks = empty(2, dtype=torch.int32), empty(heads, dtype=torch.float32)
+    table = empty(4096, head_dim // 2, dtype=torch.float32)
+    tables = (empty(2, 99, dtype=torch.int32) if with_options else None, table, table)
+    options = (
+        (sinks, 0, True, 0.125, 50, 20.0) if with_options else (None, 0, False, 0.125, None, None)
+    )
+    arguments = (query, k_cache, v_cache, key, value, lengths, *tables, *options, None)
+    attention_with_kv_cache.forward(*arguments)
+
+
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     "attention": attention_launches,
+    "attention_with_kv_cache": attention_with_kv_cache_launches,
     "cross_entropy": cross_entropy_launches,
     "linear_cross_entropy": linear_cross_entropy_launches,
     "linear_top_k": linear_top_k_launches,
@@ -213,7 +244,13 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
 
 # Bytes per thread that registers spill at most under Triton 3.6 and 3.7, rounded up to a power of
 # two, in float32, with all options on, or on an architecture that borrows its rows.
-MOST_STACK = {"attention": 32, "cross_entropy": 0, "linear_cross_entropy": 64, "linear_top_k": 0}
+MOST_STACK = {
+    "attention": 32,
+    "attention_with_kv_cache": 0,
+    "cross_entropy": 0,
+    "linear_cross_entropy": 64,
+    "linear_top_k": 0,
+}
 
 
 # The same for attention with a window, whose third loop takes registers.

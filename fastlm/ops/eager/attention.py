@@ -58,12 +58,15 @@ def forward(
             part, lse[block.queries] = _attend(block, *inputs, scale, softcap, fused)
             out.transpose(1, 2)[block.queries] = part[..., :value_dim]
     if sinks is not None:
-        # one more key, without a value
-        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        share = (lse - total).exp_().masked_fill_(lse == -torch.inf, 0.0)
-        out = (out * share.transpose(1, 2)[..., None]).to(out.dtype)
-        lse = total
+        out, lse = with_sinks(out, lse, sinks)
     return out, lse
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """out ``(B, T, H, Dv)`` and lse ``(B, H, T)`` with one more key, which has no value."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    share = (lse - total).exp_().masked_fill_(lse == -torch.inf, 0.0)
+    return (out * share.transpose(1, 2)[..., None]).to(out.dtype), total
 
 
 def backward(

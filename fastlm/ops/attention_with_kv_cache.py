@@ -1,0 +1,248 @@
+"""Causal attention over a cache of keys and values, which it extends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.ops._checks import (
+    check_dtype,
+    check_integer,
+    check_real,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    check_that,
+)
+from fastlm.ops._define import define_op
+
+_OP = "attention_with_kv_cache"
+MAX_HEAD_DIM = 256
+_INT32_MAX = 2**31 - 1
+BACKENDS = {
+    "triton": "fastlm.kernels.attention_with_kv_cache",
+    "torch": "fastlm.ops.eager.attention_with_kv_cache",
+    "reference": "fastlm.ops.reference.attention_with_kv_cache",
+}
+
+
+def attention_with_kv_cache(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    cache_seqlens: int | Tensor,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    scale: float | None = None,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Rotate query and key, append key and value to a cache in place, attend over the cache.
+
+    One call decodes a token (T == 1), prefills a chunk or verifies a guess.  Row b, with L tokens
+    after the append, gives what :func:`causal_attention` gives for its queries and those L keys and
+    values: the ends are aligned, query t sees the keys s <= t + L - T.  Nothing behind them is
+    read, and no token before them is written.  With ``key`` each row takes T tokens more, and
+    queries and keys are rotated as by :func:`apply_rotary` at the positions L - T to L - 1.
+
+    The triton backend divides the keys of a row among programs and puts their results together
+    (Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).  Into how many
+    parts depends on L and on T H / G alone, so a row has the same bits in any batch and in a cache
+    of any size or kind.  There is no gradient.
+
+    Args:
+        query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; T from 1, D from 1 to 256.
+        k_cache: ``(B, S_max, G, D)``, dtype of query, written in place; or, with ``block_table``,
+            pages ``(pages, page_size, G, D)``.  H must be a multiple of G.
+        v_cache: ``(B, S_max, G, Dv)`` or ``(pages, page_size, G, Dv)``, likewise.
+        key: ``(B, T, G, D)`` to append, dtype of query; None to append nothing.
+        value: ``(B, T, G, Dv)``, with ``key``.
+        cache_seqlens: How many tokens each row has before the append: one int for all, or ``(B,)``
+            int32 or int64 on the device, which is never read on the host of a GPU, nor changed.
+        block_table: ``(B, max_pages)`` int32 on the device: token s of row b stands in page
+            ``block_table[b, s // page_size]`` at ``s % page_size``.  A page that is appended to
+            must belong to one row.
+        rotary_cos: ``(positions, R/2)``, R <= D, any float dtype: cosines by absolute position.
+        rotary_sin: Shape and dtype of ``rotary_cos``.
+        rotary_interleaved: Pair neighbouring channels, as in :func:`apply_rotary`.
+        scale: Factor of the scores, any float; None for ``1 / sqrt(D)``.
+        window_size: As in :func:`causal_attention`.
+        softcap: Likewise.
+        sinks: Likewise; ``(H,)``.
+        num_splits: Into how many parts the triton backend divides the keys of each row; None lets
+            the length decide.
+        return_lse: Also return the log-sum-exp of each query's scores.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``out`` ``(B, T, H, Dv)`` in the dtype of query; with ``return_lse`` also ``lse``
+        ``(B, H, T)``, natural log, float32, float64 for float64 inputs.  Where lengths are read on
+        the device, the out and lse of a row that its cache, its table or its rotary table cannot
+        hold are NaN, and nothing of it is written.
+
+    Raises:
+        ValueError: Shapes or devices do not match, a number is out of range, an input requires a
+            gradient while gradients are on, or lengths known on the host do not fit; nothing is
+            written then.
+        TypeError: A dtype is not one of those above, or they differ.
+        NotImplementedError: ``backend`` cannot take these inputs; the message says why.
+    """
+    _check_tensors(query, k_cache, v_cache, key, value, block_table)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if rotary_cos is not None or rotary_sin is not None:
+        _check_rotary(query, key, rotary_cos, rotary_sin)
+    lengths, length = _checked_lengths(query, key, cache_seqlens, capacity, rotary_cos)
+    _check_options(query, window_size, softcap, sinks, num_splits)
+    if block_table is not None:
+        block_table = block_table.int().contiguous()
+    if window_size is not None:
+        window_size = min(int(window_size), _INT32_MAX)
+    out, lse = _forward(
+        query, k_cache, v_cache, key, value, lengths, block_table, rotary_cos, rotary_sin, sinks,
+        length, rotary_interleaved, query.shape[-1] ** -0.5 if scale is None else float(scale),
+        window_size, None if softcap is None else float(softcap), num_splits, backend,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    tensors = {"query": query, "k_cache": k_cache, "v_cache": v_cache}
+    check_that(_OP, "value", (key is None) == (value is None), "come with key", "one of the two")
+    if key is not None and value is not None:
+        tensors |= {"key": key, "value": value}
+    for name, x in tensors.items():
+        check_tensor(_OP, name, x)
+        _check_constant(name, x)
+    check_dtype(_OP, "query", query)
+    check_shape(_OP, "query", query, ("B", "T", "H", "D"))
+    batch, num_queries, heads, head_dim = query.shape
+    check_that(_OP, "query", num_queries > 0, "have T of at least 1", num_queries)
+    rows: int | str = batch
+    if block_table is not None:
+        check_tensor(_OP, "block_table", block_table)
+        check_dtype(_OP, "block_table", block_table, (torch.int32, torch.int64))
+        check_shape(_OP, "block_table", block_table, (batch, "max_pages"), "to match query")
+        check_same_device(_OP, "block_table", block_table, "query", query)
+        rows = "pages"
+    check_shape(_OP, "k_cache", k_cache, (rows, "S_max", "G", head_dim), "to match query")
+    stored, size, kv_heads, _ = k_cache.shape
+    check_shape(_OP, "v_cache", v_cache, (stored, size, kv_heads, "Dv"), "to match k_cache")
+    if key is not None and value is not None:
+        shape = (batch, num_queries, kv_heads)
+        check_shape(_OP, "key", key, (*shape, head_dim), "to match query and k_cache")
+        check_shape(_OP, "value", value, (*shape, v_cache.shape[-1]), "to match query and v_cache")
+    for name, x in list(tensors.items())[1:]:
+        check_same_dtype(_OP, name, x, "query", query)
+        check_same_device(_OP, name, x, "query", query)
+    for name, x in (("query", query), ("v_cache", v_cache)):
+        fits = 1 <= x.shape[-1] <= MAX_HEAD_DIM
+        check_that(_OP, name, fits, f"have a head_dim of 1 to {MAX_HEAD_DIM}", x.shape[-1])
+    divides = kv_heads > 0 and heads > 0 and heads % kv_heads == 0
+    requirement = "have a number of heads that divides query's"
+    check_that(_OP, "k_cache", divides, requirement, f"{kv_heads} for {heads}")
+
+
+def _check_constant(name: str, x: Tensor) -> None:
+    needs = torch.is_grad_enabled() and x.requires_grad
+    requirement = "not require a gradient, the op has none: use torch.no_grad()"
+    check_that(_OP, name, not needs, requirement, "requires_grad=True")
+
+
+def _check_rotary(
+    query: Tensor, key: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None
+) -> None:
+    for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        check_that(_OP, name, x is not None, "come with the other table", "None")
+        check_tensor(_OP, name, x)
+    assert rotary_cos is not None
+    assert rotary_sin is not None
+    check_that(_OP, "key", key is not None, "be given with rotary_cos", "None")
+    check_dtype(_OP, "rotary_cos", rotary_cos)
+    check_same_device(_OP, "rotary_cos", rotary_cos, "query", query)
+    check_shape(_OP, "rotary_cos", rotary_cos, ("positions", "R/2"))
+    check_shape(_OP, "rotary_sin", rotary_sin, rotary_cos.shape, "to match rotary_cos")
+    check_same_dtype(_OP, "rotary_sin", rotary_sin, "rotary_cos", rotary_cos)
+    check_same_device(_OP, "rotary_sin", rotary_sin, "query", query)
+    channels, head_dim = 2 * rotary_cos.shape[-1], query.shape[-1]
+    check_that(_OP, "rotary_cos", channels <= head_dim, f"rotate at most {head_dim}", channels)
+
+
+def _checked_lengths(
+    query: Tensor,
+    key: Tensor | None,
+    cache_seqlens: int | Tensor,
+    capacity: int,
+    rotary_cos: Tensor | None,
+) -> tuple[Tensor | None, int]:
+    """``cache_seqlens`` as the operator takes it: per row on the device, or one on the host."""
+    if isinstance(cache_seqlens, Tensor):
+        check_tensor(_OP, "cache_seqlens", cache_seqlens)
+        check_dtype(_OP, "cache_seqlens", cache_seqlens, (torch.int32, torch.int64))
+        check_shape(_OP, "cache_seqlens", cache_seqlens, query.shape[:1], "to match query")
+        check_same_device(_OP, "cache_seqlens", cache_seqlens, "query", query)
+        lengths = cache_seqlens.clamp(-1, _INT32_MAX).int().contiguous()
+        return lengths, 0
+    check_integer(_OP, "cache_seqlens", cache_seqlens)
+    most = capacity if rotary_cos is None else min(capacity, rotary_cos.shape[0])
+    new = 0 if key is None else query.shape[1]
+    fits = 0 <= cache_seqlens <= most - new
+    requirement = f"be from 0 to {most - new}, so that {new} more fit in {most}"
+    check_that(_OP, "cache_seqlens", fits, requirement, cache_seqlens)
+    return None, int(cache_seqlens)
+
+
+def _check_options(
+    query: Tensor,
+    window_size: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    num_splits: int | None,
+) -> None:
+    for name, number in (("window_size", window_size), ("num_splits", num_splits)):
+        if number is not None:
+            check_integer(_OP, name, number)
+            check_that(_OP, name, number >= 1, "be at least 1", number)
+    if softcap is not None:
+        check_real(_OP, "softcap", softcap)
+        check_that(_OP, "softcap", 0 < softcap < math.inf, "be positive and finite", softcap)
+    if sinks is not None:
+        check_tensor(_OP, "sinks", sinks)
+        _check_constant("sinks", sinks)
+        check_dtype(_OP, "sinks", sinks)
+        check_shape(_OP, "sinks", sinks, query.shape[2:3], "to match query")
+        check_same_device(_OP, "sinks", sinks, "query", query)
+
+
+def _fake(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    batch, num_queries, heads, _ = query.shape
+    out = query.new_empty((batch, num_queries, heads, v_cache.shape[-1]))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return out, query.new_empty((batch, heads, num_queries), dtype=dtype)
+
+
+_forward = define_op(_OP, "forward", BACKENDS, fake=_fake, mutates=("k_cache", "v_cache"))

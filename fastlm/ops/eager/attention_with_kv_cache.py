@@ -1,0 +1,225 @@
+"""Attention over a cache by torch's own operators.
+
+Where the host knows the lengths, rows of one length are a call of causal attention on a view of the
+cache, or on a copy of their pages.  On a GPU the host does not look: all that the cache can hold is
+gathered and masked, in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.eager import attention, rotary
+from fastlm.ops.eager._written import attend
+from fastlm.ops.reference.attention_with_kv_cache import capacity_of, read_lengths, read_pages
+
+# Scores of a block of queries that is written out.
+_WRITTEN_SCORES = 1 << 19
+
+
+def forward(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    cache_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    sinks: Tensor | None,
+    cache_length: int,
+    rotary_interleaved: bool,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+    num_splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    caches = _Caches(k_cache, v_cache, block_table)
+    capacity = capacity_of(k_cache, block_table, rotary_cos)
+    tables = (rotary_cos, rotary_sin, rotary_interleaved)
+    options = (sinks, scale, window_size, softcap)
+    if cache_seqlens is not None and not cache_seqlens.is_cpu:
+        return _unread(query, caches, key, value, cache_seqlens, capacity, *tables, *options)
+    new = 0 if key is None else query.shape[1]
+    lengths = read_lengths(cache_seqlens, cache_length, len(query), new, capacity)
+    if block_table is not None and block_table.is_cpu:
+        for row, length in enumerate(lengths):
+            read_pages(row, length + new, k_cache, block_table)
+    return _known(query, caches, key, value, lengths, *tables, *options)
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """Keys and values, whole or in pages.
+
+    Attributes:
+        keys: ``(B, S_max, G, D)`` or ``(pages, page_size, G, D)``.
+        values: The same with Dv.
+        table: ``(B, max_pages)``, or None for whole ones.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor | None
+
+    def append(self, rows: slice, start: int, key: Tensor, value: Tensor) -> None:
+        """Write the tokens of ``rows`` from position ``start`` on."""
+        if self.table is None:
+            end = start + key.shape[1]
+            self.keys[rows, start:end], self.values[rows, start:end] = key, value
+            return
+        positions = torch.arange(start, start + key.shape[1], device=key.device)
+        at = self._places(self.table[rows], positions.expand(key.shape[:2]))
+        self.keys[at], self.values[at] = key, value
+
+    def append_unread(self, positions: Tensor, fits: Tensor, key: Tensor, value: Tensor) -> None:
+        """Write every row that ``fits`` ``(B,)``, at ``positions`` ``(B, T)``.
+
+        A row that does not writes what another one writes, or if there is none what is there.
+        """
+        rows = torch.arange(len(fits), device=fits.device)
+        rows = torch.where(fits, rows, fits.int().argmax())
+        nothing_fits = ~fits.any()
+        positions = positions[rows].clamp(0, self.capacity - 1)
+        if self.table is None:
+            at = rows[:, None].expand_as(positions), positions
+        else:
+            at = self._places(self.table[rows].clamp(0, len(self.keys) - 1), positions)
+        for cache, x in ((self.keys, key), (self.values, value)):
+            cache[at] = torch.where(nothing_fits, cache[at], x[rows])
+
+    def stored(self, rows: slice, length: int) -> tuple[Tensor, Tensor]:
+        """The first tokens of ``rows``, ``(rows, length, G, D)`` and with Dv."""
+        keys, values = self.keys, self.values
+        if self.table is None:
+            return keys[rows, :length], values[rows, :length]
+        pages = self.table[rows, : -(-length // keys.shape[1])].long().clamp(0, len(keys) - 1)
+        k, v = (x[pages].flatten(1, 2)[:, :length] for x in (keys, values))
+        return k, v
+
+    def hold(self, cache_seqlens: Tensor, new: int, capacity: int) -> Tensor:
+        """``(B,)``: whether a row's length, and its pages, are any."""
+        fits = (cache_seqlens >= 0) & (cache_seqlens <= capacity - new)
+        if self.table is not None:
+            pages = torch.arange(self.table.shape[1], device=fits.device)
+            needed = pages * self.keys.shape[1] < (cache_seqlens + new)[:, None]
+            exists = (self.table >= 0) & (self.table < len(self.keys))
+            fits &= (exists | ~needed).all(1)
+        return fits
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1] * (1 if self.table is None else self.table.shape[1])
+
+    def _places(self, table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        page_size = self.keys.shape[1]
+        return table.long().gather(1, positions // page_size), positions % page_size
+
+
+def _known(
+    query: Tensor,
+    caches: _Caches,
+    key: Tensor | None,
+    value: Tensor | None,
+    lengths: list[int],
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    sinks: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of one length that follow each other are one call."""
+    outs, lses, row = [], [], 0
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    for length, count in runs or [(0, 0)]:
+        rows = slice(row, row + count)
+        row += count
+        q = query[rows]
+        if key is not None and value is not None:
+            k = key[rows]
+            end = length + q.shape[1]
+            if rotary_cos is not None and rotary_sin is not None:
+                angles = rotary_cos[length:end], rotary_sin[length:end]
+                q, k = rotary.forward(q, k, *angles, rotary_interleaved)
+            caches.append(rows, length, k, value[rows])
+            length = end
+        options = (sinks, None, None, None, None, scale, window_size, softcap)
+        out, lse = attention.forward(q, *caches.stored(rows, length), *options)
+        outs.append(out)
+        lses.append(lse)
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses))
+
+
+def _unread(
+    query: Tensor,
+    caches: _Caches,
+    key: Tensor | None,
+    value: Tensor | None,
+    cache_seqlens: Tensor,
+    capacity: int,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    sinks: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Lengths stay on the device; a row that does not fit gives NaN."""
+    lengths, new = cache_seqlens.long(), 0 if key is None else query.shape[1]
+    fits = caches.hold(lengths, new, capacity)
+    if key is not None and value is not None:
+        positions = lengths[:, None] + torch.arange(new, device=query.device)
+        if rotary_cos is not None and rotary_sin is not None:
+            at = positions.clamp(0, rotary_cos.shape[0] - 1)
+            angles = rotary_cos[at], rotary_sin[at]
+            query, key = rotary.forward(query, key, *angles, rotary_interleaved)
+        caches.append_unread(positions, fits, key, value)
+    lengths = (lengths + new).masked_fill(~fits, 0)
+    out, lse = _masked(query, caches, lengths, scale, window_size, softcap)
+    if sinks is not None:
+        out, lse = attention.with_sinks(out, lse, sinks)
+    unfit = ~fits[:, None, None]
+    out = out.masked_fill(unfit[..., None], torch.nan).to(query.dtype).contiguous()
+    return out, lse.masked_fill(unfit, torch.nan)
+
+
+def _masked(
+    query: Tensor,
+    caches: _Caches,
+    lengths: Tensor,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Over all that the caches can hold, of which each row sees its length; in float32."""
+    batch, num_queries, heads, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    k, v = caches.stored(slice(0, batch), caches.capacity)
+    keys = torch.arange(caches.capacity, device=query.device)
+    # what lies behind may be NaN, and 0 * NaN is too
+    v = v.masked_fill((keys >= lengths[:, None])[..., None, None], 0.0)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, k, v))
+    # the key that each query is aligned with
+    last = torch.arange(num_queries, device=query.device) + (lengths[:, None] - num_queries)
+    first = torch.zeros_like(last) if window_size is None else last + 1 - window_size
+    step = max(1, _WRITTEN_SCORES // max(1, batch * heads * caches.capacity))
+    outs, lses = [], []
+    for start in range(0, num_queries, step):
+        at = slice(start, start + step)
+        seen = (keys <= last[:, at, None]) & (keys >= first[:, at, None])
+        out, lse = attend(q[:, :, at], k, v, scale, softcap, seen[:, None])
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
+
+
+def forward_refuses(*args: object) -> None:
+    return None

@@ -1,0 +1,90 @@
+"""Rotate new keys and write them, with their values, into a cache.
+
+One program writes BLOCK heads of tokens of one row of the batch.  A row that does not fit writes
+nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from .cache import load_turned, row_length, token_offsets
+
+# what varies from call to call: Triton would compile anew for 1, and for multiples of 16
+LENGTHS = ["num_queries", "cache_length", "capacity", "max_pages", "num_pages"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def append_kernel(
+    key_ptr,  # (B, T, G, HEAD_DIM)
+    value_ptr,  # (B, T, G, VALUE_DIM)
+    k_cache_ptr,  # (B, S, G, HEAD_DIM), or pages
+    v_cache_ptr,  # (B, S, G, VALUE_DIM), or pages
+    seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
+    table_ptr,  # (B, max_pages) int32, read if IS_PAGED
+    cos_ptr,  # (positions, PAIRS), read if PAIRS > 0
+    sin_ptr,
+    stride_kb,
+    stride_kt,
+    stride_kg,
+    stride_vb,
+    stride_vt,
+    stride_vg,
+    stride_kcb,  # from page to page if IS_PAGED
+    stride_kcs,
+    stride_kcg,
+    stride_vcb,
+    stride_vcs,
+    stride_vcg,
+    kv_heads,  # G
+    num_queries,  # T
+    cache_length,  # read unless HAS_LENGTHS
+    capacity,
+    max_pages,
+    page_size,
+    num_pages,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    blocks = tl.cdiv(num_queries * kv_heads, BLOCK)
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    start, fits = row_length(
+        seqlens_ptr, table_ptr, row, cache_length, num_queries, capacity, max_pages, page_size,
+        num_pages, HAS_LENGTHS, IS_PAGED,
+    )  # fmt: skip
+    rows = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    tokens, heads = rows // kv_heads, (rows % kv_heads).to(tl.int64)
+    inside = (rows < num_queries * kv_heads) & fits
+    positions = start + tokens
+    tokens = tokens.to(tl.int64)
+
+    offsets = row * stride_kb + tokens * stride_kt + heads * stride_kg
+    key = load_turned(
+        key_ptr, offsets, inside, positions, cos_ptr, sin_ptr,
+        HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, ACC,
+    )  # fmt: skip
+    offsets = token_offsets(
+        positions, inside, row, table_ptr, max_pages, page_size, stride_kcb, stride_kcs, IS_PAGED
+    )
+    offsets += heads * stride_kcg
+    cols = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (cols < HEAD_DIM)[None, :]
+    tl.store(k_cache_ptr + offsets[:, None] + cols[None, :], key, mask=mask)
+
+    cols = tl.arange(0, BLOCK_V)
+    mask = inside[:, None] & (cols < VALUE_DIM)[None, :]
+    offsets = row * stride_vb + tokens * stride_vt + heads * stride_vg
+    value = tl.load(value_ptr + offsets[:, None] + cols[None, :], mask=mask, other=0.0)
+    offsets = token_offsets(
+        positions, inside, row, table_ptr, max_pages, page_size, stride_vcb, stride_vcs, IS_PAGED
+    )
+    offsets += heads * stride_vcg
+    tl.store(v_cache_ptr + offsets[:, None] + cols[None, :], value, mask=mask)

@@ -1,0 +1,73 @@
+"""Where a token of a row stands in a cache, whether a row fits, and rotation at its position."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_length(
+    seqlens_ptr, table_ptr, row, cache_length, new, capacity, max_pages, page_size, num_pages,
+    HAS_LENGTHS: tl.constexpr, IS_PAGED: tl.constexpr,
+):  # fmt: skip
+    """``(tokens before the append, whether they and ``new`` more fit in cache and table)``."""
+    start = cache_length
+    if HAS_LENGTHS:
+        start = tl.load(seqlens_ptr + row)
+    # not start + new, which may pass 2**31
+    fits = (start >= 0) & (start <= capacity - new)
+    if IS_PAGED:
+        needed = tl.where(fits, tl.cdiv(start + new, page_size), 0)
+        lanes = tl.arange(0, 128)
+        for first in range(0, needed, 128):
+            pages = tl.load(
+                table_ptr + row * max_pages + first + lanes, mask=first + lanes < needed, other=0
+            )
+            exists = (pages >= 0) & (pages < num_pages)
+            fits = fits & (tl.min(exists.to(tl.int32), 0) == 1)
+    return start, fits
+
+
+@triton.jit
+def token_offsets(
+    tokens, mask, row, table_ptr, max_pages, page_size, stride_row, stride_token,
+    IS_PAGED: tl.constexpr,
+):  # fmt: skip
+    """Elements from the cache's beginning to each of a row's ``tokens``, where ``mask``."""
+    # int64: a cache of 4 rows of 524,288 tokens of 8 heads of 128 has 2**31 elements
+    tokens = tokens.to(tl.int64)
+    if IS_PAGED:
+        pages = tl.load(table_ptr + row * max_pages + tokens // page_size, mask=mask, other=0)
+        return pages.to(tl.int64) * stride_row + tokens % page_size * stride_token
+    else:
+        return row * stride_row + tokens * stride_token
+
+
+@triton.jit
+def load_turned(
+    x_ptr, offsets, inside, positions, cos_ptr, sin_ptr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """``(len(offsets), BLOCK)``: heads at ``offsets``, turned by the angles of ``positions``.
+
+    Channel c becomes x[c] cos -+ x[partner of c] sin, rounded to the dtype of x; from 2 PAIRS on it
+    stays.  With PAIRS == 0 nothing turns.
+    """
+    cols = tl.arange(0, BLOCK)
+    mask = inside[:, None] & (cols < DIM)[None, :]
+    x = tl.load(x_ptr + offsets[:, None] + cols[None, :], mask=mask, other=0.0)
+    if PAIRS > 0:
+        if INTERLEAVED:
+            partner, pair, is_first = cols ^ 1, cols // 2, cols % 2 == 0
+        else:
+            is_first = cols < PAIRS
+            pair = tl.where(is_first, cols, cols - PAIRS)
+            partner = tl.where(is_first, cols + PAIRS, cols - PAIRS)
+        turns = inside[:, None] & (cols < 2 * PAIRS)[None, :]
+        other = tl.load(x_ptr + offsets[:, None] + partner[None, :], mask=turns, other=0.0)
+        angles = positions.to(tl.int64)[:, None] * PAIRS + pair[None, :]
+        cos = tl.load(cos_ptr + angles, mask=turns, other=1.0).to(ACC)
+        sin = tl.load(sin_ptr + angles, mask=turns, other=0.0).to(ACC)
+        sin = tl.where(is_first[None, :], -sin, sin)
+        x = (x.to(ACC) * cos + other.to(ACC) * sin).to(x.dtype)
+    return x

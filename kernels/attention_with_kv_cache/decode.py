@@ -1,0 +1,259 @@
+"""Causal attention over a cache, with the keys of a row divided among programs.
+
+    split i:  out_i = sum_s exp(score_s - lse_i) value_s     over the keys of the split
+              lse_i = log(sum_s exp(score_s))
+    together: out = sum_i exp(lse_i - lse) out_i,  lse = log(sum_i exp(lse_i))
+
+(Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.)  One program computes
+BLOCK_M (query, head) pairs of one key/value head over one split, so that heads that share keys read
+them once.  Where a split begins depends on the length of its row alone: SPLIT_KEYS keys each, more
+where there would be more than MOST_SPLITS.
+"""
+
+import triton
+import triton.language as tl
+
+from ..attention.tiles import (
+    LOG2_E,
+    capped,
+    positive_scale,
+    score_factors,
+    softmax_step,
+    visible,
+)
+from .cache import load_turned, row_length, token_offsets
+
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# what varies from call to call: Triton would compile anew for 1, and for multiples of 16
+LENGTHS = [
+    "num_queries", "cache_length", "capacity", "max_pages", "num_pages", "window", "parts",
+    "splits",
+]  # fmt: skip
+
+
+@triton.jit
+def keys_of_split(
+    length, parts, BLOCK_N: tl.constexpr, SPLIT_KEYS: tl.constexpr, MOST_SPLITS: tl.constexpr
+):
+    """How many keys a split of a row has; with SPLIT_KEYS == 0 there are ``parts`` splits."""
+    if SPLIT_KEYS == 0:
+        keys = tl.cdiv(tl.cdiv(length, parts), BLOCK_N) * BLOCK_N
+    else:
+        keys = SPLIT_KEYS * tl.cdiv(length, SPLIT_KEYS * MOST_SPLITS)
+    return tl.maximum(keys, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def decode_kernel(
+    q_ptr,  # (B, T, H, HEAD_DIM)
+    k_ptr,  # (B, S, G, HEAD_DIM), or pages
+    v_ptr,  # (B, S, G, VALUE_DIM), or pages
+    out_ptr,  # (B, T, H, VALUE_DIM) contiguous if IS_WHOLE, else (B, H, T, splits, VALUE_DIM) ACC
+    lse_ptr,  # (B, H, T) contiguous ACC, natural, if IS_WHOLE, else (B, H, T, splits), base 2
+    sinks_ptr,  # (H,), read if HAS_SINKS
+    seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
+    table_ptr,  # (B, max_pages) int32, read if IS_PAGED
+    cos_ptr,  # (positions, PAIRS), read if PAIRS > 0
+    sin_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,  # from page to page if IS_PAGED
+    stride_ks,
+    stride_kg,
+    stride_vb,
+    stride_vs,
+    stride_vg,
+    batch_kv_heads,  # B * G
+    kv_heads,  # G
+    group_size,  # query heads per key/value head
+    num_queries,  # T
+    cache_length,  # read unless HAS_LENGTHS
+    capacity,
+    max_pages,
+    page_size,
+    num_pages,
+    window,  # keys, read if HAS_WINDOW
+    parts,  # read if SPLIT_KEYS == 0
+    splits,  # that there is room for
+    scale: tl.float64,
+    softcap: tl.float64,  # read if HAS_SOFTCAP
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    APPENDS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FAST_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    blocks = tl.cdiv(num_queries * group_size, BLOCK_M)
+    program = tl.program_id(0)
+    row = (program % batch_kv_heads // kv_heads).to(tl.int64)
+    kv_head = (program % kv_heads).to(tl.int64)
+    block = program // batch_kv_heads % blocks
+    split = program // batch_kv_heads // blocks
+    new = num_queries if APPENDS else 0
+    length, fits = row_length(
+        seqlens_ptr, table_ptr, row, cache_length, new, capacity, max_pages, page_size, num_pages,
+        HAS_LENGTHS, IS_PAGED,
+    )  # fmt: skip
+    length = tl.where(fits, length + new, 0)
+    offset = length - num_queries
+    split_keys = keys_of_split(length, parts, BLOCK_N, SPLIT_KEYS, MOST_SPLITS)
+
+    pairs = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = pairs // group_size
+    heads = kv_head * group_size + pairs % group_size
+    inside = pairs < num_queries * group_size
+    q = load_turned(
+        q_ptr, row * stride_qb + queries.to(tl.int64) * stride_qt + heads * stride_qh,
+        inside & fits, queries + offset, cos_ptr, sin_ptr,
+        HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, ACC,
+    )  # fmt: skip
+    q, scale = positive_scale(q, scale, HAS_SOFTCAP, ACC)
+    inner, outer = score_factors(scale, softcap, HAS_SOFTCAP, ACC)
+
+    row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
+    row_sum = tl.zeros((BLOCK_M,), ACC)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + heads, mask=inside & (split == 0), other=float("-inf"))
+        row_max = sink.to(ACC) * LOG2_E
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0).to(ACC)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), ACC)
+    last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group_size, num_queries - 1)
+    # not split * split_keys, which may pass 2**31 for a split that the row does not have
+    is_there = split < tl.cdiv(tl.maximum(length, 1), split_keys)
+    start = tl.where(is_there, split, 0) * split_keys
+    end = tl.minimum(start + tl.minimum(split_keys, length - start), last_query + offset + 1)
+    end = tl.where(is_there, end, start)
+    if HAS_WINDOW:
+        first_seen = tl.maximum(block * BLOCK_M // group_size + offset + 1 - window, 0)
+        start = tl.maximum(start, first_seen // BLOCK_N * BLOCK_N)
+    key_cols, value_cols = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    for first_key in range(start, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        stored = keys < length
+        offsets = token_offsets(
+            keys, stored, row, table_ptr, max_pages, page_size, stride_kb, stride_ks, IS_PAGED
+        )
+        k = tl.load(
+            k_ptr + kv_head * stride_kg + offsets[:, None] + key_cols[None, :],
+            mask=stored[:, None] & (key_cols < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        if HAS_SOFTCAP:
+            scores = capped(scores * inner, FAST_CAP)
+        seen = visible(queries[:, None], keys[None, :], length, offset, window, HAS_WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        p, rescale, row_max = softmax_step(scores, row_max, outer)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        offsets = token_offsets(
+            keys, stored, row, table_ptr, max_pages, page_size, stride_vb, stride_vs, IS_PAGED
+        )
+        v = tl.load(
+            v_ptr + kv_head * stride_vg + offsets[:, None] + value_cols[None, :],
+            mask=stored[:, None] & (value_cols < VALUE_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    # a row that sees no key has a sum of 0 and a maximum of -inf: out 0, lse -inf
+    row_sum = tl.where(row_sum == 0, 1.0, row_sum)
+    out = acc / row_sum[:, None]
+    lse = row_max + tl.log2(row_sum)
+    statistics = (row * kv_heads * group_size + heads) * num_queries + queries
+    if IS_WHOLE:
+        out = tl.where(fits, out, float("nan"))
+        lse = tl.where(fits, lse * LN_2, float("nan"))
+        tokens = row * num_queries + queries
+        outs = (tokens * kv_heads * group_size + heads) * VALUE_DIM
+    else:
+        inside &= is_there
+        statistics = statistics * splits + split
+        outs = statistics * VALUE_DIM
+    tl.store(lse_ptr + statistics, lse, mask=inside)
+    mask = inside[:, None] & (value_cols < VALUE_DIM)[None, :]
+    out_ptrs = out_ptr + outs[:, None] + value_cols[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def combine_kernel(
+    parts_out_ptr,  # (B, H, T, splits, VALUE_DIM) ACC
+    parts_lse_ptr,  # (B, H, T, splits) ACC, base 2
+    out_ptr,  # (B, T, H, VALUE_DIM), contiguous
+    lse_ptr,  # (B, H, T), contiguous, ACC
+    seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
+    table_ptr,  # (B, max_pages) int32, read if IS_PAGED
+    heads,  # H
+    num_queries,  # T
+    cache_length,  # read unless HAS_LENGTHS
+    capacity,
+    max_pages,
+    page_size,
+    num_pages,
+    parts,  # read if SPLIT_KEYS == 0
+    splits,
+    VALUE_DIM: tl.constexpr,
+    APPENDS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # of decode_kernel
+    BLOCK_S: tl.constexpr,  # splits at a time
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program puts one query of one head together, from the splits that its row has."""
+    program = tl.program_id(0).to(tl.int64)
+    query, head = program % num_queries, program // num_queries % heads
+    row = program // num_queries // heads
+    new = num_queries if APPENDS else 0
+    length, fits = row_length(
+        seqlens_ptr, table_ptr, row, cache_length, new, capacity, max_pages, page_size, num_pages,
+        HAS_LENGTHS, IS_PAGED,
+    )  # fmt: skip
+    length = tl.where(fits, length + new, 0)
+    split_keys = keys_of_split(length, parts, BLOCK_N, SPLIT_KEYS, MOST_SPLITS)
+    count = tl.cdiv(tl.maximum(length, 1), split_keys)
+
+    lanes, cols = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    first_part = program * splits
+    largest = tl.full((), float("-inf"), ACC)
+    for start in range(0, count, BLOCK_S):
+        there = start + lanes < count
+        lse = tl.load(parts_lse_ptr + first_part + start + lanes, mask=there, other=float("-inf"))
+        largest = tl.maximum(largest, tl.max(lse, 0))
+    # inf - inf is NaN: where nothing is seen, or a score is +inf
+    pivot = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+    total = tl.zeros((), ACC)
+    acc = tl.zeros((BLOCK_V,), ACC)
+    for start in range(0, count, BLOCK_S):
+        there = start + lanes < count
+        lse = tl.load(parts_lse_ptr + first_part + start + lanes, mask=there, other=float("-inf"))
+        weight = tl.exp2(lse - pivot)
+        offsets = (first_part + start + lanes)[:, None] * VALUE_DIM + cols[None, :]
+        mask = there[:, None] & (cols < VALUE_DIM)[None, :]
+        part = tl.load(parts_out_ptr + offsets, mask=mask, other=0.0)
+        total += tl.sum(weight, 0)
+        acc += tl.sum(part * weight[:, None], 0)
+    total = tl.where(total == 0, 1.0, total)
+    out = tl.where(fits, acc / total, float("nan"))
+    lse = tl.where(fits, (largest + tl.log2(total)) * LN_2, float("nan"))
+    tl.store(lse_ptr + program, lse)
+    out_ptrs = out_ptr + ((row * num_queries + query) * heads + head) * VALUE_DIM + cols
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=cols < VALUE_DIM)

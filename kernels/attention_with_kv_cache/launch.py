@@ -1,0 +1,138 @@
+"""Allocate outputs and launch.  Arguments are already checked by the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .._launch import accumulator, launch
+from .._runtime import refuses_device
+from ..attention.launch import uses_tf32
+from ..attention.tuning import block
+from . import tuning
+from .append import append_kernel
+from .decode import combine_kernel, decode_kernel
+
+
+def forward_refuses(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    *rest: object,
+) -> str | None:
+    reason = refuses_device(query, "query")
+    if reason is not None:
+        return reason
+    named = {"query": query, "k_cache": k_cache, "v_cache": v_cache, "key": key, "value": value}
+    for name, x in named.items():
+        # the stride of a dimension of size 1 is never used
+        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
+            return f"the last dimension of {name} has stride {x.stride(-1)}: it must be contiguous"
+    return None
+
+
+def forward(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    cache_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    sinks: Tensor | None,
+    cache_length: int,
+    rotary_interleaved: bool,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+    num_splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    batch, num_queries, heads, head_dim = query.shape
+    kv_heads, value_dim = v_cache.shape[2:]
+    group_size = heads // kv_heads
+    acc = accumulator(query.dtype)
+    out = query.new_empty((batch, num_queries, heads, value_dim))
+    lse = query.new_empty(
+        (batch, heads, num_queries), dtype=torch.promote_types(query.dtype, torch.float32)
+    )
+    if rotary_cos is not None and rotary_sin is not None:
+        rotary_cos, rotary_sin = rotary_cos.contiguous(), rotary_sin.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
+
+    page_size, max_pages = k_cache.shape[1], 1 if block_table is None else block_table.shape[1]
+    capacity = page_size * max_pages
+    if rotary_cos is not None:
+        capacity = min(capacity, rotary_cos.shape[0])
+    # where the tokens of a row are: the same for all three kernels
+    lengths = (cache_length, capacity, max_pages, page_size, len(k_cache))
+    kinds: dict[str, Any] = {
+        "HAS_LENGTHS": cache_seqlens is not None,
+        "IS_PAGED": block_table is not None,
+    }
+    turns = {
+        "PAIRS": 0 if rotary_cos is None else rotary_cos.shape[1],
+        "INTERLEAVED": rotary_interleaved,
+    }
+    sizes = {
+        "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
+        "BLOCK_D": block(head_dim), "BLOCK_V": block(value_dim), "ACC": acc,
+    }  # fmt: skip
+    strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    if key is not None and value is not None:
+        plan = tuning.APPEND
+        launch(
+            append_kernel, (batch * triton.cdiv(num_queries * kv_heads, plan.block_m),),
+            key, value, k_cache, v_cache, cache_seqlens, block_table, rotary_cos, rotary_sin,
+            *key.stride()[:3], *value.stride()[:3], *strides, kv_heads, num_queries, *lengths,
+            **kinds, **turns, **sizes, BLOCK=plan.block_m,
+            num_warps=plan.num_warps, num_stages=plan.num_stages,
+        )  # fmt: skip
+
+    kinds["APPENDS"] = key is not None
+    pairs = num_queries * group_size
+    plan = tuning.plan(pairs, head_dim, value_dim, query.dtype)
+    kinds["SPLIT_KEYS"] = tuning.split_keys(pairs) if num_splits is None else 0
+    kinds["MOST_SPLITS"] = tuning.MOST_SPLITS
+    kinds["BLOCK_N"] = plan.block_n
+    parts = num_splits or 1
+    splits = parts
+    if kinds["SPLIT_KEYS"]:
+        longest = capacity if cache_seqlens is not None else cache_length + num_queries
+        splits = min(tuning.MOST_SPLITS, max(1, triton.cdiv(longest, tuning.SPLIT_KEYS)))
+    whole = splits == 1
+    out_parts, lse_parts = out, lse
+    if not whole:
+        out_parts = lse.new_empty((batch, heads, num_queries, splits, value_dim))
+        lse_parts = lse.new_empty((batch, heads, num_queries, splits))
+    blocks = triton.cdiv(pairs, plan.block_m)
+    launch(
+        decode_kernel, (batch * kv_heads * blocks * splits,),
+        query, k_cache, v_cache, out_parts, lse_parts, sinks, cache_seqlens, block_table,
+        rotary_cos, rotary_sin, *query.stride()[:3], *strides,
+        batch * kv_heads, kv_heads, group_size, num_queries, *lengths,
+        0 if window_size is None else min(window_size, capacity + num_queries), parts, splits,
+        scale, softcap or 1.0,
+        **kinds, **turns, **sizes, IS_WHOLE=whole,
+        HAS_WINDOW=window_size is not None, HAS_SOFTCAP=softcap is not None,
+        FAST_CAP=softcap is not None and softcap <= 128.0 and query.itemsize == 2,
+        HAS_SINKS=sinks is not None, PRECISION="tf32" if uses_tf32(query) else "ieee",
+        BLOCK_M=plan.block_m, num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+    if not whole:
+        plan = tuning.COMBINE
+        launch(
+            combine_kernel, (batch * heads * num_queries,),
+            out_parts, lse_parts, out, lse, cache_seqlens, block_table,
+            heads, num_queries, *lengths, parts, splits,
+            **kinds, VALUE_DIM=value_dim, BLOCK_V=sizes["BLOCK_V"], ACC=acc,
+            BLOCK_S=plan.block_m, num_warps=plan.num_warps, num_stages=plan.num_stages,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,67 @@
+"""Launch settings of the kernels over a cache.
+
+They change speed and rounding, never meaning.  Chosen from ahead-of-time compilation (registers,
+spills, shared memory); not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """BLOCK_M (query, head) pairs, BLOCK_N keys; for ``append`` BLOCK_M heads of tokens."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (largest head_dim, settings), smallest first
+Rows = tuple[tuple[int, Plan], ...]
+
+# Few queries wait for memory: several programs a multiprocessor, each with some loads under way.
+FEW: Rows = ((64, Plan(16, 128, 4, 2)), (128, Plan(16, 64, 4, 2)), (256, Plan(16, 32, 4, 2)))
+MANY: Rows = ((64, Plan(64, 64, 4, 2)), (128, Plan(64, 64, 4, 1)), (256, Plan(64, 32, 8, 1)))
+# Head_dims that are no multiple of 16 bytes: elements are loaded one by one, and a thread has the
+# address of every row of a tile.
+RAGGED_FEW: Rows = ((64, Plan(16, 64, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
+RAGGED_MANY: Rows = ((64, Plan(64, 32, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
+# without tensor cores; float64 is for tests
+WIDE_FEW: Rows = ((64, Plan(16, 32, 4, 1)), (256, Plan(16, 16, 4, 1)))
+WIDE_MANY: Rows = ((64, Plan(32, 32, 8, 1)), (128, Plan(32, 16, 8, 1)), (256, Plan(16, 16, 8, 1)))
+FLOAT64: Rows = ((256, Plan(16, 16, 8, 1)),)
+
+APPEND = Plan(16, 0, 8, 1)
+COMBINE = Plan(16, 0, 4, 1)
+
+# Keys of a split, a multiple of every BLOCK_N: its result is D + 1 floats to write and to read for
+# 2 SPLIT_KEYS D 16-bit numbers, 1 % for one query head.
+SPLIT_KEYS = 256
+MOST_SPLITS = 128
+# With more (query, head) pairs than this the grid is full without splits.
+MOST_PAIRS = 64
+
+
+def plan(pairs: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> Plan:
+    """The row of ``decode``, for ``pairs`` queries and heads that share keys."""
+    few = pairs <= 16
+    is_ragged = head_dim * dtype.itemsize % 16 or value_dim * dtype.itemsize % 16
+    if dtype == torch.float64:
+        rows = FLOAT64
+    elif dtype == torch.float32:
+        rows = WIDE_FEW if few else WIDE_MANY
+    elif is_ragged:
+        rows = RAGGED_FEW if few else RAGGED_MANY
+    else:
+        rows = FEW if few else MANY
+    return next(row for limit, row in rows if max(head_dim, value_dim) <= limit)
+
+
+def split_keys(pairs: int) -> int:
+    """Keys of a split, or 0 where keys are not divided."""
+    return SPLIT_KEYS if pairs <= MOST_PAIRS else 0

@@ -1,0 +1,125 @@
+"""Bugs planted in attention_with_kv_cache: each must make a short check fail."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support.interpreter import interpreted_only
+from support.kv_cache import call, judge, same, small_splits
+from support.memory import guarded, sparse
+from support.mutants import Mutant, killed
+
+import fastlm
+
+APPEND = "kernels/attention_with_kv_cache/append.py"
+CACHE = "kernels/attention_with_kv_cache/cache.py"
+DECODE = "kernels/attention_with_kv_cache/decode.py"
+LAUNCH = "kernels/attention_with_kv_cache/launch.py"
+TORCH = "fastlm/ops/eager/attention_with_kv_cache.py"
+
+
+def accurate() -> None:
+    """Several splits, shared keys, a window, sinks, both ways of turning."""
+    with small_splits():
+        judge(call((37, 63, 5), 2, 4, 2, head_dim=8, rotary=6), "triton")
+        sinks = torch.tensor([0.7, -1.2])
+        rotary = {"rotary": 8, "rotary_interleaved": True}
+        judge(call((40,), 3, head_dim=8, window_size=20, sinks=sinks, **rotary), "triton")
+
+
+def paged() -> None:
+    with small_splits():
+        judge(call((37, 20), 2, head_dim=8, value_dim=7, page_size=7, rotary=8), "triton")
+
+
+def inside() -> None:
+    """Full caches, and rows that are beyond them, at the edge of memory."""
+    with small_splits():
+        for end, lengths in (("back", (17, 18)), ("back", (2**30, 19)), ("front", (-1, 18))):
+            one = dataclasses.replace(call((0, 0), 2, capacity=20), lengths=list(lengths))
+            tensors = [guarded(x, end) for x in (one.query, one.k_cache, one.v_cache)]
+            options = {name: guarded(x) for name, x in one.options.items()}
+            fastlm.attention_with_kv_cache(
+                *tensors, cache_seqlens=one.seqlens, backend="triton", **options
+            )
+
+
+def refused() -> None:
+    """A row that does not fit, or lacks a page, is NaN, and writes nothing."""
+    with small_splits():
+        one = dataclasses.replace(call((0, 5), 2), lengths=[99, 5])
+        short = call((25, 25), 2, page_size=10, capacity=40)
+        short.options["block_table"][0, 1] = -1
+        for refusing in (one, short):
+            out, lse, k_cache, _ = refusing("triton")
+            assert out[0].isnan().all()
+            assert lse[0].isnan().all()
+            assert out[1].isfinite().all()
+            written = ~same(k_cache, refusing.k_cache)
+            assert written.sum() == 2 * 16
+
+
+def wide() -> None:
+    one = call((3,), 1, 1, 1, head_dim=4, capacity=5)
+    expected = one("triton")
+    tensors = one.tensors()
+    for name in ("k_cache", "v_cache"):
+        far = sparse((1, 5, 1, 4), (20, 2**30 + 64, 4, 1), torch.float32)
+        tensors[name] = far.copy_(tensors[name])
+    out = fastlm.attention_with_kv_cache(
+        **tensors, cache_seqlens=one.seqlens, backend="triton", **one.options
+    )
+    assert torch.equal(out, expected[0])
+
+
+MUTANTS = [
+    (Mutant("heads are dealt out", DECODE, "kv_head * group_size + pairs % group_size",
+            "pairs % group_size * kv_heads + kv_head"), accurate),
+    (Mutant("one key too many", DECODE, "stored = keys < length", "stored = keys <= length"),
+     accurate),
+    (Mutant("the ends are not aligned", DECODE, "offset = length - num_queries",
+            "offset = length - 1"), accurate),
+    (Mutant("a sink for every split", DECODE, "inside & (split == 0)", "inside"), accurate),
+    (Mutant("splits that are not there are summed", DECODE,
+            "    count = tl.cdiv(tl.maximum(length, 1), split_keys)", "    count = splits"),
+     accurate),
+    (Mutant("the largest weight for their sum", DECODE, "total += tl.sum(weight, 0)",
+            "total += tl.max(weight, 0)"), accurate),
+    (Mutant("splits are not weighted", DECODE, "part * weight[:, None]", "part"), accurate),
+    (Mutant("the lse keeps its base", DECODE, "(largest + tl.log2(total)) * LN_2",
+            "largest + tl.log2(total)"), accurate),
+    (Mutant("a window hides too much", DECODE, "offset + 1 - window, 0)",
+            "offset + 17 - window, 0)"), accurate),
+    (Mutant("queries turn at the beginning", DECODE, "inside & fits, queries + offset",
+            "inside & fits, queries"), accurate),
+    (Mutant("keys turn at the beginning", APPEND, "inside, positions, cos_ptr",
+            "inside, tokens, cos_ptr"), accurate),
+    (Mutant("no partner", CACHE, "cols ^ 1", "cols"), accurate),
+    (Mutant("halves turn alike", CACHE, "tl.where(is_first[None, :], -sin, sin)", "sin"), accurate),
+    (Mutant("the first slot of a page", CACHE, "tokens % page_size * stride_token",
+            "tokens * stride_token"), paged),
+    (Mutant("one table for all rows", CACHE, "table_ptr + row * max_pages + tokens // page_size",
+            "table_ptr + tokens // page_size"), paged),
+    (Mutant("the append may pass the end", CACHE, "(start <= capacity - new)",
+            "(start <= capacity)"), inside),
+    (Mutant("lengths below 0 count", CACHE, "fits = (start >= 0) &", "fits ="), inside),
+    (Mutant("a row that does not fit is written", APPEND,
+            "inside = (rows < num_queries * kv_heads) & fits",
+            "inside = rows < num_queries * kv_heads"), inside),
+    (Mutant("one page is enough", CACHE, "tl.min(exists.to(tl.int32), 0)",
+            "tl.max(exists.to(tl.int32), 0)"), refused),
+    (Mutant("a row that does not fit is 0", DECODE, "out = tl.where(fits, acc / total,",
+            "out = tl.where(total > 0, acc / total,"), refused),
+    (Mutant("32-bit offsets", CACHE, "tokens = tokens.to(tl.int64)\n", "pass\n"), wide),
+    (Mutant("room for fewer splits", LAUNCH, "max(1, triton.cdiv(longest, tuning.SPLIT_KEYS))",
+            "max(1, longest // tuning.SPLIT_KEYS - 4)"), accurate),
+]  # fmt: skip
+
+
+@interpreted_only
+@pytest.mark.slow
+@pytest.mark.parametrize(("mutant", "check"), MUTANTS, ids=lambda x: getattr(x, "name", ""))
+def test_a_planted_bug_is_noticed(mutant, check):
+    assert killed(mutant, check)
