@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,14 +233,21 @@ def _providers(call: _Call) -> dict[str, Provider]:
 
 
 def fused(call: _Call) -> Provider:
-    return functools.partial(
-        fastlm.causal_attention,
-        window_size=call.window_size,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        cu_seqlens_q=call.cu_seqlens,
-        key_start=call.key_start,
-    )
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = fastlm.causal_attention(
+            query,
+            key,
+            value,
+            window_size=call.window_size,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            cu_seqlens_q=call.cu_seqlens,
+            key_start=call.key_start,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -273,7 +281,7 @@ def _forced(backend: SDPBackend) -> Provider:
 def sdpa_mask(call: _Call, *, at_once: bool) -> Provider:
     """SDPA with a mask: there already, or built in each call, as it is where batches differ."""
     given = functools.cache(call.mask)
-    return lambda *inputs: sdpa(*inputs, given() if at_once else call.mask())
+    return lambda q, k, v: sdpa(q, k, v, given() if at_once else call.mask())
 
 
 def eager(call: _Call) -> Callable[..., Tensor]:
@@ -343,7 +351,7 @@ def flex(call: _Call) -> Provider:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, blocks: object) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        options = {
+        options: dict[str, Any] = {
             "score_mod": None if call.softcap is None else capped,
             "block_mask": blocks,
             "enable_gqa": q.shape[1] != k.shape[1],
@@ -379,6 +387,7 @@ def varlen(call: _Call) -> Provider:
         out = varlen_attn(
             q, k, v, bounds, bounds, longest, longest, window_size=(left, 0), enable_gqa=grouped
         )
+        assert isinstance(out, Tensor)
         return out.view(query.shape)
 
     return attend

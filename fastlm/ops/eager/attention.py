@@ -216,8 +216,8 @@ def _attend_backward(
     if fused:
         if block.blind is not None:
             lse = lse.masked_fill(block.blind, 0.0)  # -inf - -inf is NaN
-        how = {"causal": block.causal, "added": block.added}
-        return flash_backward(dout, q, k, v, out, lse, scale, **how)
+        causal, added = block.causal, block.added
+        return flash_backward(dout, q, k, v, out, lse, scale, causal=causal, added=added)
     return attend_backward(dout, dlse, q, k, v, out, lse, scale, softcap, block.seen)
 
 
