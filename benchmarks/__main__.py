@@ -21,7 +21,12 @@ from fastlm.benchmarks import _harness, _report
 from fastlm.benchmarks._harness import REGISTRY, Ceilings
 
 # op -> the module that registers its benchmark
-OPS = {"attention": "attention", "cross_entropy": "loss", "linear_cross_entropy": "loss"}
+OPS = {
+    "attention": "attention",
+    "attention_options": "attention",
+    "cross_entropy": "loss",
+    "linear_cross_entropy": "loss",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -26,6 +26,9 @@ Outputs = tuple[Tensor, ...]
 # A function of a case's inputs, or the reason why it is absent here.
 Provider = Callable[..., Tensor] | str
 
+# What has to be done before a call is timed; returns the call.
+Prepare = Callable[[], Callable[[], object]]
+
 MODES = ("fwd", "fwd_bwd")
 
 # Elements compared at once, 1 GB in float64: results may be as large as the memory is.
@@ -43,7 +46,7 @@ class Problem:
         shape: Name of each size to its value, as in the result rows.
         only: Providers worth running here; empty for all.
         inputs: What kind they are, where a benchmark has several; then it is in the rows.
-        modes: Those worth running here.
+        modes: Those worth running here: ``"fwd"``, ``"bwd"``, ``"fwd_bwd"``.
     """
 
     shape: dict[str, int]
@@ -72,6 +75,7 @@ class Case:
         flops: Mode to floating-point operations.
         overwriting: Providers that write into their inputs; they get their own.
         yardsticks: Name to a function of the mode that computes no result to judge.
+        gradient_multiple: m of the tolerance rule for gradients; of outputs it is 2.
     """
 
     inputs: tuple[Tensor, ...]
@@ -81,6 +85,7 @@ class Case:
     flops: dict[str, float]
     overwriting: tuple[str, ...] = ()
     yardsticks: dict[str, Callable[[str], object]] = field(default_factory=dict)
+    gradient_multiple: float = 2.0
 
     def inputs_of(self, provider: str) -> tuple[Tensor, ...]:
         if provider not in self.overwriting:
@@ -179,7 +184,7 @@ def run_case(
     common = problem.labels(bench.op, mode, dtype)
     truth = case.truth(mode)
     plain: Outputs | None = None
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Prepare] = {}
     errors: dict[str, float] = {}
     kernels: dict[str, str] = {}
     for name, provider in case.providers.items():
@@ -188,11 +193,11 @@ def run_case(
         if isinstance(provider, str):
             yield {**common, "provider": name, "absent": provider}
             continue
-        call = functools.partial(_outputs, provider, case.inputs_of(name), mode)
+        prepare = functools.partial(_prepared, provider, case.inputs_of(name), mode)
         try:
-            outputs = call()
+            outputs = prepare()()
             if name == "fastlm":
-                _judge(name, outputs, plain or call_plain(case, mode), truth)
+                _judge(case, mode, outputs, plain or call_plain(case, mode), truth)
         except _failures() as error:
             yield {**common, "provider": name, "failed": _first_line(error)}
             if device == "cuda":
@@ -200,17 +205,18 @@ def run_case(
                 torch.cuda.synchronize()
             continue
         plain = plain or outputs
-        calls[name], errors[name] = call, _relative_error(outputs, truth)
+        calls[name], errors[name] = prepare, _relative_error(outputs, truth)
         if device == "cuda":
-            kernels[name] = slowest_kernel(call)
+            kernels[name] = slowest_kernel(prepare())
         del outputs
     del plain
     for name, yardstick in case.yardsticks.items():
         if _is_wanted(name, problem, wanted):
-            calls[name] = functools.partial(yardstick, mode)
-            calls[name]()
+            call = functools.partial(yardstick, mode)
+            call()
+            calls[name] = functools.partial(_itself, call)
     start = time.perf_counter()
-    peaks = {name: extra_peak_mib(call, device) for name, call in calls.items()}
+    peaks = {name: extra_peak_mib(prepare(), device) for name, prepare in calls.items()}
     is_long = time.perf_counter() - start > _LONG * len(calls)
     times = _interleaved(calls, device, seconds, is_long=is_long)
     for name, samples in times.items():
@@ -249,7 +255,22 @@ def call_plain(case: Case, mode: str) -> Outputs:
     """The yardstick's result, where it is not timed itself."""
     provider = next(iter(case.providers.values()))
     assert not isinstance(provider, str), "the yardstick is what every user has"
-    return _outputs(provider, case.inputs, mode)
+    return _prepared(provider, case.inputs, mode)()
+
+
+def _prepared(
+    provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str
+) -> Callable[[], Outputs]:
+    """The call to be timed: for ``bwd`` once, after its forward, since it frees what it used."""
+    if mode != "bwd":
+        return functools.partial(_outputs, provider, inputs, mode)
+    out = provider(*inputs)
+    needing = [x for x in inputs if x.requires_grad]
+    return functools.partial(torch.autograd.grad, out, needing, _cotangent(out))
+
+
+def _itself(call: Callable[[], object]) -> Callable[[], object]:
+    return call
 
 
 def _outputs(provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Outputs:
@@ -259,11 +280,12 @@ def _outputs(provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: 
             return (provider(*(x.detach() for x in inputs)),)
     out = provider(*inputs)
     needing = [x for x in inputs if x.requires_grad]
-    dout = torch.ones_like(out) if out.dim() == 0 else _cotangent(out)
-    return (out.detach(), *torch.autograd.grad(out, needing, dout))
+    return (out.detach(), *torch.autograd.grad(out, needing, _cotangent(out)))
 
 
 def _cotangent(out: Tensor) -> Tensor:
+    if out.dim() == 0:
+        return torch.ones_like(out)
     return cotangent(tuple(out.shape), out.dtype, str(out.device))
 
 
@@ -274,10 +296,13 @@ def cotangent(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def _judge(name: str, outputs: Outputs, plain: Outputs, truth: Outputs) -> None:
+def _judge(case: Case, mode: str, outputs: Outputs, plain: Outputs, truth: Outputs) -> None:
     for position, triple in enumerate(zip(outputs, plain, truth, strict=True)):
+        is_gradient = mode == "bwd" or position > 0
+        multiple = case.gradient_multiple if is_gradient else 2.0
+        name = f"fastlm {mode}, output {position}"
         for actual, usual, exact in _pieces(*triple):
-            assert_as_accurate(f"{name}, output {position}", actual, plain=usual, truth=exact)
+            assert_as_accurate(name, actual, plain=usual, truth=exact, multiple=multiple)
 
 
 def _relative_error(outputs: Outputs, truth: Outputs) -> float:
@@ -302,18 +327,18 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _interleaved(
-    calls: dict[str, Callable[[], object]], device: str, seconds: float, *, is_long: bool
+    calls: dict[str, Prepare], device: str, seconds: float, *, is_long: bool
 ) -> dict[str, list[float]]:
     """Milliseconds per call, round by round, so that drift falls on all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in () if is_long else calls.values():
+    for prepare in () if is_long else calls.values():
         for _ in range(2):
-            timed(call, device)
+            timed(prepare(), device)
     least = 3 if is_long else 5
     start, rounds = time.perf_counter(), 0
     while calls and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
-        for name, call in calls.items():
-            times[name].append(1e3 * timed(call, device))
+        for name, prepare in calls.items():
+            times[name].append(1e3 * timed(prepare(), device))
         rounds += 1
     return times
 

@@ -21,7 +21,7 @@ import fastlm
 from ._harness import Ceilings
 
 # packages that some benchmark measures where they are installed
-PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
+PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
 
 
 def environment(device: str, ceilings: Ceilings) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def load(path: Path, env: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 HEADER = (
-    f"{'shape':<40} {'mode':<8}{'provider':<15}{'ms':>10}{'p20':>10}{'p80':>10}"
+    f"{'shape':<46} {'mode':<8}{'provider':<15}{'ms':>10}{'p20':>10}{'p80':>10}"
     f"{'TFLOP/s':>9}{'GB/s':>8}{'of peak':>9}{'MiB':>8}{'error':>9}"
 )
 
@@ -88,7 +88,7 @@ def line(row: dict[str, Any]) -> str:
     """One row of the table, under HEADER."""
     words = [f"{key}{value}" for key, value in row["shape"].items()]
     words += [row[name] for name in ("inputs", "dtype") if name in row]
-    start = f"{' '.join(words):<40} {row['mode']:<8}{row['provider']:<15}"
+    start = f"{' '.join(words):<46} {row['mode']:<8}{row['provider']:<15}"
     if "failed" in row or "absent" in row:
         return f"{start} {row.get('failed') or 'absent: ' + row['absent']}"
     peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"

@@ -22,7 +22,8 @@ test-attention            |  60 | 360 | run_tests tests/test_attention*.py
 test-linear_cross_entropy |  60 | 300 | run_tests tests/test_linear_cross_entropy*.py
 test-loss                 |  60 | 300 | run_tests tests/test_loss*.py tests/test_linear_top_k*.py
 test-compat               |  60 | 240 | run_tests tests/test_compat*.py
-time-attention            | 120 | 500 | run_benchmark attention
+time-attention            | 150 | 580 | run_benchmark attention
+time-attention_options    | 150 | 580 | run_benchmark attention_options
 time-cross_entropy        | 120 | 400 | run_benchmark cross_entropy
 time-linear_cross_entropy | 150 | 580 | run_benchmark linear_cross_entropy
 PLAN

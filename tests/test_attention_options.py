@@ -38,6 +38,7 @@ KERNELS = backends("triton", "torch")
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(eager, "_FUSED_QUERIES", 16)
     monkeypatch.setattr(eager, "_WRITTEN_SCORES", 1 << 10)
+    monkeypatch.setattr(eager, "_SMALL_SCORES", 0)
     with blocks(16, 16):
         yield
 
@@ -219,6 +220,22 @@ def test_rows_are_padded_each_in_its_own_way(device, backend):
     # one bound alone
     for name in bounds:
         judge(query, key, value, backend=backend, window_size=9, **{name: bounds[name]})
+
+
+def test_small_rows_padded_each_in_its_own_way_are_one_call(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return flash(*args, **kwargs)
+
+    flash = eager.flash
+    monkeypatch.setattr(eager, "flash", counted)
+    monkeypatch.setattr(eager, "_SMALL_SCORES", 1 << 16)
+    query, key, value = attention_inputs(4, 30, 33, 2, 1, 8)
+    fastlm.causal_attention(query, key, value, key_start=tensor(0, 17, 33, 12, device="cpu"))
+    assert len(calls) == 1
+    test_rows_are_padded_each_in_its_own_way("cpu", "torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

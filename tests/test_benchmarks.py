@@ -100,6 +100,80 @@ runpy.run_path(script, run_name="__main__")
     assert "absent: import of cut_cross_entropy halted" in done.stdout
 
 
+def test_attention_is_measured_with_every_option_and_names_who_cannot(tmp_path):
+    without_a_peer = f"""
+import runpy, sys
+sys.modules["flash_attn"] = None
+script = {str(ROOT / "benchmarks" / "attention.py")!r}
+providers = ["--only", "sdpa.mask", "sdpa.cudnn", "varlen", "flash-attn", "torch", "fastlm"]
+sys.argv = [script, "--device", "cpu", "--quick", *providers, "--out", {str(tmp_path)!r}]
+runpy.run_path(script, run_name="__main__")
+"""
+    done = run(sys.executable, "-P", "-c", without_a_peer, env=PLAIN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (causal,) = rows_of(tmp_path, "attention", mode="bwd", provider="fastlm")
+    assert causal.keys() == FIELDS
+    forced = rows_of(tmp_path, "attention", provider="sdpa.cudnn")
+    assert [row["mode"] for row in forced] == ["fwd", "bwd", "fwd_bwd"]
+    assert all("RuntimeError" in row["failed"] for row in forced)
+    for kind in ("window", "packed", "padded", "prefix", "softcap", "sinks"):
+        (row,) = rows_of(tmp_path, "attention_options", inputs=kind, mode="bwd", provider="fastlm")
+        assert row["tflops"] > 0
+        found = rows_of(tmp_path, "attention_options", inputs=kind, mode="fwd")
+        by_provider = {row["provider"]: row for row in found}
+        assert by_provider.keys() >= {"varlen", "flash-attn", "torch", "fastlm", "sdpa.mask"}
+        takes_mask = kind not in ("softcap", "sinks")
+        assert ("ms_p50" in by_provider["sdpa.mask"]) == takes_mask
+        assert "failed" in by_provider["varlen"] or "varlen_attn" in by_provider["varlen"]["absent"]
+        assert "flash_attn" in by_provider["flash-attn"]["absent"]
+
+
+def rows_of(folder: Path, op: str, **wanted: str) -> list[dict]:
+    rows = json.loads((folder / f"{op}.quick.json").read_text())["rows"]
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def test_a_wrong_gradient_of_attention_has_no_speed(tmp_path):
+    planted = f"""
+from fastlm.ops.eager import attention
+right = attention.backward
+def wrong(*args):
+    dquery, *others = right(*args)
+    return (dquery * 1.001, *others)
+attention.backward = wrong
+from fastlm.benchmarks.__main__ import main
+options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
+raise SystemExit(main(["attention", *options]))
+"""
+    done = run(sys.executable, "-P", "-c", planted, env=PLAIN)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [("ms_p50" in row, row["mode"]) for row in rows_of(tmp_path, "attention")] == [
+        (True, "fwd"), (False, "bwd"), (False, "fwd_bwd"),
+    ]  # fmt: skip
+
+
+PAIRS = """
+import torch
+from fastlm.benchmarks import attention
+for problem in attention.QUICK_OPTIONS + attention.CPU[:1]:
+    call = attention._call(problem, torch.float32, "cpu")
+    seen = call.mask().expand(call.shape[0], -1, -1, -1).sum().item()
+    assert call.flops(3, 5) == 4 * 3 * 5 * seen, problem
+    print(problem.inputs, seen)
+"""
+
+
+def test_work_of_attention_is_counted_over_pairs_that_see_each_other():
+    done = run(sys.executable, "-P", "-c", PAIRS, env=PLAIN)
+    assert done.returncode == 0, done.stderr
+    seen = dict(line.split() for line in done.stdout.splitlines())
+    # 48 queries of which the first 15 see fewer than 16 keys; 16 after 32 keys; triangles
+    assert int(seen["window"]) == 2 * (48 * 16 - 15 * 16 // 2)
+    assert int(seen["prefix"]) == 16 * 32 + 16 * 17 // 2
+    assert int(seen["causal"]) == 12 * 64 * 65 // 2
+    assert int(seen["packed"]) < 96 * 97 // 2
+
+
 PEAKS = """
 import torch
 from fastlm.benchmarks._harness import extra_peak_mib
@@ -200,6 +274,7 @@ def test_gpu_script_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     for op in ("attention", "cross_entropy", "linear_cross_entropy"):
         assert f"test-{op} " in done.stdout
         assert f"time-{op} " in done.stdout
+    assert "time-attention_options " in done.stdout
     assert "runs" in done.stdout
     assert "does not fit any more" in done.stdout
 

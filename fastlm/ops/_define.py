@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastlm.ops import _checked, _explain
 from fastlm.ops._checks import PLAIN
@@ -15,6 +14,8 @@ from fastlm.ops._dispatch import choose
 
 # Library.define, not custom_op: half the cost of an eager call, which decoding pays in every layer.
 _library = torch.library.Library("fastlm", "DEF")
+# Arguments that nothing intercepts, being no tensors; a number that a compiler traces is another.
+_VALUES = frozenset((type(None), bool, int, float, str))
 
 
 def define_op(
@@ -47,7 +48,7 @@ def define_op(
     registered = getattr(torch.ops.fastlm, name).default
 
     def run(*args: Any) -> Any:
-        *inputs, wanted = args
+        inputs, wanted = args[:-1], args[-1]
         if torch._C._is_any_autocast_enabled():
             device_type = inputs[0].device.type
             if torch.is_autocast_enabled(device_type):
@@ -89,7 +90,7 @@ def _nothing_intercepts(args: Sequence[Any]) -> bool:
     ):
         return False
     for x in args:
-        if isinstance(x, Tensor) and (
+        if type(x) not in _VALUES and (
             type(x) not in PLAIN
             or not (x.is_cpu or x.is_cuda)
             or x.is_neg()

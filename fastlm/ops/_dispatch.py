@@ -105,8 +105,10 @@ def choose(
         NotImplementedError: Every backend asked refuses; the message gives each reason.
     """
     first = _first_asked(backends, wanted, args)
-    if first is not None and _refusal(backends[first], step, args) is None:
-        return first, getattr(_load(backends[first]), step)
+    if first is not None:
+        module = _load(backends[first])
+        if not isinstance(module, str) and getattr(module, f"{step}_refuses")(*args) is None:
+            return first, getattr(module, step)
     choice = weigh(op, step, backends, wanted, args)
     if choice.backend is None:
         raise NotImplementedError(f"{op} {step}: no backend takes this call\n{choice.reasons}")

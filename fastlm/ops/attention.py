@@ -256,21 +256,22 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out = ctx.saved_tensors[-2]
+        saved = ctx.saved_tensors
         if dout is None:
+            out = saved[-2]
             dout = out.new_zeros(()).expand(out.shape)
-        needs = ctx.needs_input_grad[:4]
-        need_dquery, need_dkey, need_dvalue, need_dsinks = needs
-        *grads, dsinks = _backward(
-            dout, dlse, *ctx.saved_tensors, *ctx.options,
+        need_dquery, need_dkey, need_dvalue, need_dsinks = ctx.needs_input_grad[:4]
+        dquery, dkey, dvalue, dsinks = _backward(
+            dout, dlse, *saved, *ctx.options,
             need_dquery, need_dkey or need_dvalue, need_dsinks, ctx.backend,
         )  # fmt: skip
-        if need_dsinks:
-            dsinks = dsinks.sum((0, 2)).to(ctx.saved_tensors[3].dtype)
-        wanted = (
-            grad if need else None for grad, need in zip((*grads, dsinks), needs, strict=True)
-        )
-        return *wanted, None, None, None, None, None, None, None, None
+        return (
+            dquery if need_dquery else None,
+            dkey if need_dkey else None,
+            dvalue if need_dvalue else None,
+            dsinks.sum((0, 2)).to(saved[3].dtype) if need_dsinks else None,
+            None, None, None, None, None, None, None, None,
+        )  # fmt: skip
 
 
 def _forward_fake(

@@ -23,10 +23,14 @@ def attend(
         seen: Bool, broadcasts to ``(B, 1, T, S)``; None if everything is.
     """
     scores, _ = _scores(q, k, scale, softcap, seen)
-    lse = scores.logsumexp(-1)
-    p = _probabilities_(scores, lse)
-    out = _grouped(p, k) @ v
-    return out.view(*q.shape[:3], v.shape[-1]), lse
+    # not by logsumexp, which would take every exponential a second time
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(top.isinf(), 0.0)
+    p = scores.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    out = (_grouped(p, k) @ v).view(*q.shape[:3], v.shape[-1])
+    out.div_(total.masked_fill(total == 0.0, 1.0))
+    return out, total.log_().add_(top).squeeze(-1)
 
 
 def attend_backward(
@@ -52,11 +56,12 @@ def attend_backward(
     ds = (do @ v.mT).view(p.shape).sub_(delta).mul_(p)
     if slope is not None:
         ds.mul_(slope)
-    ds = _grouped(ds.mul_(scale), k)
+    ds = _grouped(ds, k)
     if seen is not None:
         # not left to p = 0: what is out of sight may be NaN
         ds.view(p.shape).masked_fill_(~seen, 0.0)
-    return (ds @ k).view(q.shape), ds.mT @ _grouped(q, k), dv
+    dq, dk = (ds @ k).view(q.shape), ds.mT @ _grouped(q, k)
+    return dq.mul_(scale), dk.mul_(scale), dv
 
 
 def _scores(
@@ -67,7 +72,7 @@ def _scores(
     slope = None
     if softcap is not None:
         scores.div_(softcap).tanh_()
-        slope = 1.0 - scores.square()
+        slope = torch.addcmul(scores.new_ones(()), scores, scores, value=-1.0)
         scores.mul_(softcap)
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)

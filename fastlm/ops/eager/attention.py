@@ -15,13 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops.eager._flash import finish, flash, flash_backward, ready, width_of
+from fastlm.ops.eager._flash import (
+    added_band,
+    finish,
+    flash,
+    flash_backward,
+    flash_plain,
+    flash_plain_backward,
+    is_plain,
+    ready,
+    width_of,
+)
 from fastlm.ops.eager._written import attend, attend_backward
 from fastlm.ops.reference._key_ranges import key_ranges, read_boundaries, read_padding
 
-# Queries of a block that is fused with a mask; scores of a block that is written out.
+# Queries of a block that is fused with a mask: twice as many, which torch multiplies faster, where
+# that adds few keys to those that most of them see.  Scores of a block that is written out.  Scores
+# of a row of the batch that takes less time than a call of its own.
 _FUSED_QUERIES = 128
 _WRITTEN_SCORES = 1 << 19
+_SMALL_SCORES = 1 << 16
+_TINY = torch.finfo(torch.float32).tiny
 
 Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -40,6 +54,12 @@ def forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+    if (
+        cu_seqlens_q is key_start is key_end is window_size is softcap is sinks is None
+        and is_plain(query, key, value)
+        and _fuses_causal(scale)
+    ):
+        return flash_plain(query, key, value, scale)
     value_dim = value.shape[-1]
     width = width_of(query.shape[-1], value_dim, query)
     fused = _is_fused(query, width, sequences, scale, window_size, softcap)
@@ -91,6 +111,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One operator gives all three gradients, so leaving one out would save no time."""
     sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
+    if (
+        cu_seqlens_q is key_start is key_end is window_size is softcap is sinks is dlse is None
+        and need_dquery
+        and need_dkey_dvalue
+        and is_plain(query, key, value)
+        and _fuses_causal(scale)
+    ):
+        grads = flash_plain_backward(dout, query, key, value, out, lse, scale)
+        return *grads, lse.new_empty(0)
     value_dim = value.shape[-1]
     width = width_of(query.shape[-1], value_dim + (dlse is not None), query)
     fused = _is_fused(query, width, sequences, scale, window_size, softcap)
@@ -149,7 +178,7 @@ def _is_fused(
 
 def _fuses_causal(scale: float) -> bool:
     """torch's causal kernels mask scores before they scale them, and -inf times 0 is NaN."""
-    return scale >= torch.finfo(torch.float32).tiny
+    return scale >= _TINY
 
 
 def _heads(x: Tensor, width: int, fused: bool) -> Tensor:
@@ -169,7 +198,8 @@ def _attend(
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
     if fused:
-        return flash(q, k, v, scale, causal=block.causal, seen=block.seen)
+        out, lse = flash(q, k, v, scale, causal=block.causal, added=block.added)
+        return out, lse if block.blind is None else lse.masked_fill(block.blind, -torch.inf)
     return attend(q, k, v, scale, softcap, block.seen)
 
 
@@ -187,7 +217,10 @@ def _attend_backward(
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if fused:
-        return flash_backward(dout, q, k, v, out, lse, scale, causal=block.causal, seen=block.seen)
+        if block.blind is not None:
+            lse = lse.masked_fill(block.blind, 0.0)  # -inf - -inf is NaN
+        causal, added = block.causal, block.added
+        return flash_backward(dout, q, k, v, out, lse, scale, causal=causal, added=added)
     return attend_backward(dout, dlse, q, k, v, out, lse, scale, softcap, block.seen)
 
 
@@ -201,17 +234,21 @@ class _Block:
     Attributes:
         queries: Where they are in ``(B, heads, T, ...)``.
         keys: Where they are in ``(B, heads, S, ...)``.
-        causal: Each query sees the keys up to its own end; otherwise all, or those of ``seen``.
-        seen: Bool, broadcasts to ``(B, 1, T, S)`` of the block.
+        causal: Each query sees the keys up to its own end; otherwise all but those masked.
+        seen: Bool, broadcasts to ``(B, 1, T, S)`` of the block; for what is written out.
+        added: The same as 0 and -inf; for what is fused.
+        blind: Bool, broadcasts to ``(B, H, T)``: queries that see no key; None if all see one.
     """
 
     queries: tuple[slice, slice, slice]
     keys: tuple[slice, slice, slice]
     causal: bool = False
     seen: Tensor | None = None
+    added: Tensor | None = None
+    blind: Tensor | None = None
 
     def covers(self, query: Tensor, key: Tensor) -> bool:
-        return self is _SQUARE or all(
+        return self.queries is _ALL or all(
             at[0] == slice(0, x.shape[0]) and at[2] == slice(0, x.shape[1])
             for at, x in ((self.queries, query), (self.keys, key))
         )
@@ -219,6 +256,7 @@ class _Block:
 
 _ALL = (slice(None), slice(None), slice(None))
 _SQUARE = _Block(_ALL, _ALL, causal=True)
+_ROW = _Block(_ALL, _ALL)
 
 
 def _only(blocks: Iterable[_Block], query: Tensor, key: Tensor) -> _Block | None:
@@ -238,18 +276,45 @@ def _blocks(
 ) -> Iterable[_Block]:
     cu_seqlens_q, _, key_start, key_end = sequences
     is_divided = not (cu_seqlens_q is key_start is key_end is None)
-    is_square = query.shape[1] == key.shape[1] > 1 and query.shape[0] > 0
+    (batch, num_queries, heads, _), num_keys = query.shape, key.shape[1]
     fuses_causal = fused and _fuses_causal(scale)
-    if fuses_causal and is_square and window_size is None and not is_divided:
-        return [_SQUARE]  # what most calls are, and where each microsecond counts
+    if window_size is None and not is_divided and batch > 0:
+        # what most calls are, and where each microsecond counts
+        if fuses_causal and num_queries == num_keys > 1:
+            return [_SQUARE]
+        if fused and num_queries == 1 and num_keys > 0:
+            return [_ROW]
     if is_divided and not query.is_cpu:
         return _unread_blocks(query, key, sequences, window_size)
+    is_small = 0 < heads * num_queries * num_keys <= _SMALL_SCORES
+    if fused and is_small and batch > 1 and is_divided:
+        return [_padded_block(query, key, key_start, key_end, window_size)]
     masks: dict[tuple[int, ...], Tensor] = {}
     return [
         block
         for sequence in _sequences(query, key, sequences)
         for block in _blocks_of(sequence, query, window_size, fused, fuses_causal, masks)
     ]
+
+
+def _padded_block(
+    query: Tensor,
+    key: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    window_size: int | None,
+) -> _Block:
+    """All rows at once, each with the mask of its padding."""
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    width = num_keys if window_size is None else window_size
+    added = added_band(num_queries, num_keys, num_keys - num_queries, width, query)
+    keys = torch.arange(num_keys)
+    for bound, hides in ((key_start, torch.lt), (key_end, torch.ge)):
+        if bound is not None:
+            hidden = torch.where(hides(keys, bound[:, None]), -torch.inf, 0.0)
+            added = added + hidden[:, None].to(added.dtype)
+    blind = added.amax(-1) == -torch.inf
+    return _Block(_ALL, _ALL, added=added[:, None], blind=blind[:, None])
 
 
 @dataclass(frozen=True)
@@ -310,14 +375,19 @@ def _blocks_of(
         return
     if window_size is None or window_size >= num_queries + offset:
         window_size = num_queries + offset
-        causal = num_queries - first > 1
-        aligned = offset + num_queries == num_keys and (fuses_causal or not causal)
-        if fused and aligned and (query.is_cuda or num_queries - first in (1, num_keys)):
-            yield sequence.block(first, num_queries, 0, num_keys, causal=causal)
+        if query.is_cuda and fused and fuses_causal and offset + num_queries == num_keys:
+            yield sequence.block(first, num_queries, 0, num_keys, causal=num_queries - first > 1)
+            return
+        if query.is_cpu and fused and fuses_causal and offset <= 0:
+            # a square, and below it what follows padding on the right
+            middle = min(num_queries, first + num_keys)
+            yield sequence.block(first, middle, 0, middle - first, causal=middle - first > 1)
+            if middle < num_queries:
+                yield sequence.block(middle, num_queries, 0, num_keys)
             return
     # the queries after it see no key any more
     num_queries = min(num_queries, num_keys - 1 + window_size - offset)
-    step = _FUSED_QUERIES
+    step = _FUSED_QUERIES if window_size < 4 * _FUSED_QUERIES else 2 * _FUSED_QUERIES
     if not fused:
         rows = len(range(query.shape[0])[sequence.rows]) * query.shape[2]
         step = max(16, _WRITTEN_SCORES // (rows * min(num_keys, window_size)))
@@ -330,9 +400,14 @@ def _blocks_of(
             continue
         shape = (stop - start, high - low, diagonal, window_size)
         if shape not in masks:
-            seen = torch.ones(shape[:2], dtype=torch.bool, device=query.device)
-            masks[shape] = seen.tril_(diagonal).triu_(diagonal + 1 - window_size)
-        yield sequence.block(start, stop, low, high, seen=masks[shape])
+            masks[shape] = (added_band if fused else _seen_band)(*shape, query)
+        yield sequence.block(start, stop, low, high, **{"added" if fused else "seen": masks[shape]})
+
+
+def _seen_band(num_queries: int, num_keys: int, diagonal: int, width: int, query: Tensor) -> Tensor:
+    """Bool; query t sees the last ``width`` keys up to t + diagonal."""
+    seen = torch.ones((num_queries, num_keys), dtype=torch.bool, device=query.device)
+    return seen.tril_(diagonal).triu_(diagonal + 1 - width)
 
 
 def _unread_blocks(
