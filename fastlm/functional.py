@@ -13,6 +13,7 @@ from fastlm.ops.cross_entropy import LossStats, cross_entropy
 from fastlm.ops.glu import glu, swiglu
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from fastlm.ops.linear_top_k import TopK, linear_top_k
+from fastlm.ops.packing import cu_seqlens_from_document_ids, cu_seqlens_from_position_ids
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import apply_rotary
 
@@ -31,7 +32,17 @@ OPS = {
     )
 }
 
-__all__ = ["Explanation", "KernelMismatch", "LossStats", "TopK", "checked", "explain", *OPS]
+__all__ = [
+    "Explanation",
+    "KernelMismatch",
+    "LossStats",
+    "TopK",
+    "checked",
+    "cu_seqlens_from_document_ids",
+    "cu_seqlens_from_position_ids",
+    "explain",
+    *OPS,
+]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:

@@ -281,6 +281,8 @@ def _sequences(query: Tensor, key: Tensor, sequences: Sequences) -> Iterator[_Se
         for (q, q_end), (k, k_end) in zip(
             itertools.pairwise(q_bounds), itertools.pairwise(k_bounds), strict=True
         ):
+            if q == q_end:
+                continue  # there may be thousands: cu_seqlens of fixed size end in them
             offset = k_end - k - (q_end - q)
             yield _Sequence(slice(0, 1), q, q_end - q, k, k_end - k, offset)
         return
