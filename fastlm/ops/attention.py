@@ -272,17 +272,18 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out = ctx.saved_tensors[-2]
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out no more than that
+        sinks, out = saved[3], saved[-2]
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
         needs = ctx.needs_input_grad[:4]
         need_dquery, need_dkey, need_dvalue, need_dsinks = needs
         *grads, dsinks = _backward(
-            dout, dlse, *ctx.saved_tensors, *ctx.options,
+            dout, dlse, *saved, *ctx.options,
             need_dquery, need_dkey or need_dvalue, need_dsinks, ctx.backend,
         )  # fmt: skip
         if need_dsinks:
-            dsinks = dsinks.sum((0, 2)).to(ctx.saved_tensors[3].dtype)
+            dsinks = dsinks.sum((0, 2)).to(sinks.dtype)
         wanted = (
             grad if need else None for grad, need in zip((*grads, dsinks), needs, strict=True)
         )
