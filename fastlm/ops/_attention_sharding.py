@@ -2,7 +2,7 @@
 
 Rows of the batch are independent, and so are heads.  Importing this module hands the rules to
 DTensor.  :func:`causal_attention` imports it when it first meets a DTensor, in the middle of a
-compilation too, and no sooner: DTensor takes long to import.
+compilation too, and no sooner: DTensor takes a second to import.
 """
 
 from __future__ import annotations

@@ -64,6 +64,10 @@ def causal_attention(
     positions that do not see it, 0 * NaN being NaN: with reference none, with triton no lse and
     nothing 256 positions away or further, with torch any.
 
+    Under autocast query, key and value are cast as for torch's attention.  DTensors of one mesh are
+    attended where they are if split along rows (dim 0) or heads (dim 2), key heads evenly, and else
+    moved first; then all tensors must be DTensors.
+
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; D from 1 to 256.
         key: ``(B, S, G, D)``, dtype of query; H must be a multiple of G, and query head h reads key
@@ -80,7 +84,8 @@ def causal_attention(
             the queries from ``cu_seqlens_q[d]`` to ``cu_seqlens_q[d + 1]``, and sees its own keys
             alone, aligned at their ends.  Begins with 0, never falls, and ends by T; documents may
             be empty.  The queries after the last see nothing.  Nothing is read on the host, and
-            lengths are no part of what is compiled.
+            lengths are no part of what is compiled.  See
+            :func:`fastlm.cu_seqlens_from_position_ids`.
         cu_seqlens_k: The same of the keys; None if they are divided like the queries.
         key_start: ``(B,)`` int32 or int64, on the device: the keys of row b before
             ``key_start[b]`` are padding, which no query sees.
