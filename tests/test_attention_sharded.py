@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo  # once, and not in every child
-from support.attention import NAMES, blocks, upstream
+from support.attention import NAMES, backward_arguments, blocks, upstream
 from support.interpreter import interpreted_only
 from support.ranks import Ranks
 from torch import Tensor
@@ -193,6 +193,14 @@ def any_subset() -> None:
             assert (one is None) == (many is None)
             if one is not None:
                 torch.testing.assert_close(many.full_tensor(), one)
+    # what is not needed is empty, on the mesh too
+    query, key, value = (distribute_tensor(x, mesh, [HEADS]) for x in inputs[:3])
+    out, lse = fastlm.causal_attention(query, key, value, return_lse=True)
+    arguments = backward_arguments(out, None, out, lse, query, key, value)[:-3]
+    backward = torch.ops.fastlm.causal_attention_backward
+    dquery, dkey, _, dsinks = backward(*arguments, False, True, False, "torch")
+    assert dkey.full_tensor().shape == key.shape
+    assert dquery.full_tensor().shape == dsinks.full_tensor().shape == (0,)
 
 
 def test_any_subset_of_gradients(two):

@@ -8,11 +8,17 @@ compilation too, and no sooner: DTensor takes a second to import.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
-from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
+from torch.distributed.tensor._op_schema import (
+    OpSchema,
+    OpStrategy,
+    PlacementList,
+    RuntimeSchemaInfo,
+)
 from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 from torch.distributed.tensor.placement_types import Placement
 
@@ -39,11 +45,11 @@ _BACKWARD = (
 
 def _ways_to_split(results: tuple[tuple[str, str | None], ...], schema: OpSchema) -> OpStrategy:
     names = [argument.name for argument in schema.op._schema.arguments]
-    given = dict(zip(names, schema.args_schema, strict=True))
+    given: dict[str, Any] = dict(zip(names, schema.args_schema, strict=True))
     inputs = [name for name, value in given.items() if isinstance(value, OpStrategy)]
     heads, kv_heads = given["query"].shape[2], given["key"].shape[2]
 
-    def over(dims: dict[str, int]) -> list[Placement]:
+    def over(dims: dict[str, int]) -> PlacementList:
         """Placements of results and inputs on one dimension of the mesh."""
 
         def placed(name: str) -> Placement:
@@ -54,7 +60,7 @@ def _ways_to_split(results: tuple[tuple[str, str | None], ...], schema: OpSchema
                 return Replicate()  # it is empty
             return Partial() if dims and name not in dims else placed(name)
 
-        return [placed_result(*result) for result in results] + [placed(name) for name in inputs]
+        return [*(placed_result(*result) for result in results), *map(placed, inputs)]
 
     def keeps_heads_with_their_key(input_specs: list[DTensorSpec], _: object) -> bool:
         """Chunks of query heads and of key heads belong together if all are of one size."""
