@@ -96,7 +96,10 @@ def compiled_as_eager(
             with torch.compiler.set_stance("fail_on_recompile" if at else "default"):
                 outputs = call(*leaves[:3], given)
             results.append((*outputs, *torch.autograd.grad(outputs, leaves, grads)))
-        assert_same_bits(results[1], results[0])
+        if compiler == "inductor":  # sums the sinks' gradients in its own order
+            torch.testing.assert_close(results[1], results[0])
+        else:
+            assert_same_bits(results[1], results[0])
 
 
 @pytest.mark.parametrize("names", ["padded", "all packed"])
@@ -111,6 +114,8 @@ def test_compiled_with_any_option(names, backend, device):
     compiled_as_eager((ALONE | ALL)[names], backend, device)
 
 
+# which inductor itself uses
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ALL)
 def test_compiled_by_inductor(names, device):
