@@ -16,6 +16,7 @@ from fastlm.ops.glu import glu, swiglu
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.linear_top_k import TopK, linear_top_k
+from fastlm.ops.packing import cu_seqlens_from_document_ids, cu_seqlens_from_position_ids
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import apply_rotary
 
@@ -44,6 +45,8 @@ __all__ = [
     "LossStats",
     "TopK",
     "checked",
+    "cu_seqlens_from_document_ids",
+    "cu_seqlens_from_position_ids",
     "explain",
     *OPS,
     *ROUTERS,

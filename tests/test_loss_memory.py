@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
+from support.captured import captured
 from support.cross_entropy import force_tiny_blocks
-from support.host_sync import no_host_sync
 from support.interpreter import interpreted_only
 from support.linear_cross_entropy import forced, inputs
 from support.losses import OPTIONS, flattened, weights
@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm.kernels import _chunks
-from fastlm.kernels._launch import recorded
 from fastlm.testing import cross_entropy_inputs
 
 OP = "linear_cross_entropy"
@@ -194,40 +193,6 @@ def test_a_kept_graph_gives_the_same_again_and_inputs_stay_as_they_were(
 
 
 # Without the host
-
-
-def launches(step: Callable[[], None]) -> list[Any]:
-    """What ``step`` launches, and that it waits for nothing."""
-    with no_host_sync(), recorded() as log:
-        step()
-    return [
-        (call.name, call.grid, call.constants, [getattr(x, "shape", x) for x in call.args])
-        for call in log
-    ]
-
-
-def captured(step: Callable[[], None], device: str) -> Callable[[], None]:
-    """``step`` as a CUDA graph, to be replayed.
-
-    Away from a GPU ``step`` itself, held to what a graph needs: it waits for nothing, and launches
-    the same whatever the values are.
-    """
-    if device != "cuda":
-        first = launches(step)
-
-        def replay() -> None:
-            assert launches(step) == first
-
-        return replay
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles the kernels
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

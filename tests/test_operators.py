@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastlm
+from fastlm.cli.doctor import example
+from fastlm.functional import OPS
 from fastlm.ops import _define
 from fastlm.testing import attention_inputs, cross_entropy_inputs
 
@@ -174,6 +179,29 @@ def test_batched_gradients_are_those_of_a_loop(op, backend, kept, device):
     one_by_one = [torch.autograd.grad(out, leaves, x, retain_graph=True) for x in upstream]
     for batched, single in zip(got, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(batched, torch.stack(single))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("op", [name for name in OPS if name != "linear_top_k"])
+def test_checkpoints_give_the_same_gradients(op, reentrant, device):
+    inputs, constants = example(op, device)
+
+    def call(*args: Tensor) -> Tensor:
+        out = OPS[op](*args, **constants, backend="torch")
+        return sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
+
+    def lse_alone(*args: Tensor) -> Tensor:
+        return OPS[op](*args, return_stats=True, backend="torch")[1].lse.sum()
+
+    for function in (call, lse_alone) if "entropy" in op else (call,):
+        results = []
+        for way in (function, functools.partial(checkpoint, function, use_reentrant=reentrant)):
+            leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+            way(*leaves).backward()
+            results.append([x.grad for x in leaves if x.grad is not None])
+        assert results[0]
+        for plain, checkpointed in zip(*results, strict=True):
+            assert torch.equal(plain, checkpointed)
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])

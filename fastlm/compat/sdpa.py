@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops import _explain
+from fastlm.ops._autocast import dtype_under_autocast
 from fastlm.ops._checks import FLOAT_DTYPES, PLAIN, overrides_torch
 from fastlm.ops.attention import MAX_HEAD_DIM, causal_attention
 
@@ -221,19 +222,12 @@ def _shape(mask: Any) -> tuple[int, int]:
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """What ``torch.autocast`` casts ``x`` to, for torch's function; float64 it leaves alone."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
-        return x.dtype
-    if x.dtype == torch.float64 or not x.is_floating_point():
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
+    """What ``torch.autocast`` casts ``x`` to, for torch's function and for ours."""
+    return dtype_under_autocast(x) if x.is_floating_point() else x.dtype
 
 
 def _ours(x: Tensor) -> Tensor:
     """``(..., H, T, D)`` or ``(T, D)`` to ``(B, T, H, D)``."""
-    dtype = _dtype(x)
-    if x.dtype != dtype:
-        x = x.to(dtype)
     if x.dim() != 4:
         x = x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
     return x.transpose(1, 2)

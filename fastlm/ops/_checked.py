@@ -73,8 +73,9 @@ def run(
     originals = tree_map_only(Tensor, torch.clone, list(inputs))
     outputs = implementation(*inputs)
     module = sys.modules[definition.__module__]
-    truths = as_tuple(getattr(module, f"truth_{step}")(*originals))
-    plains = as_tuple(getattr(module, f"plain_{step}")(*originals))
+    with _autograd_records():
+        truths = as_tuple(getattr(module, f"truth_{step}")(*originals))
+        plains = as_tuple(getattr(module, f"plain_{step}")(*originals))
     results = zip(as_tuple(outputs), plains, truths, strict=True)
     arguments = dict(zip(inspect.signature(definition).parameters, inputs, strict=True))
     for position, (actual, plain, truth) in enumerate(results):
@@ -87,6 +88,20 @@ def run(
                 f"{actual.dtype}, is wrong: {mismatch}\n  inputs: {_summary(inputs)}"
             )
     return outputs
+
+
+@contextlib.contextmanager
+def _autograd_records() -> Iterator[None]:
+    """Also where a tensor subclass such as DTensor calls the operator, which is below autograd."""
+    keys = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    try:
+        for key in keys:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:

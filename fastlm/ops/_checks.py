@@ -21,15 +21,25 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(op: str, name: str, value: object) -> None:
-    """Refuse what is no plain strided tensor: lists, sparse, quantized, nested, distributed."""
+def check_tensor(op: str, name: str, value: object, *, like: object = None) -> None:
+    """Refuse what is no plain strided tensor: lists, sparse, quantized, nested, distributed.
+
+    Where ``like``, another of its tensors, is a DTensor, it must be one too.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_quantized:
         kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}")
-    if type(value).__name__ == "DTensor":
+    if is_distributed(value) and not is_distributed(like):
         raise TypeError(f"{op}: {name} must be a local tensor, got DTensor")
+    if is_distributed(like) and not is_distributed(value):
+        raise TypeError(f"{op}: {name} must be a DTensor like the others, got a local tensor")
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor; by its name, whose module takes long to import."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def check_dtype(

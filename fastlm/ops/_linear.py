@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._autocast import dtype_under_autocast
 from fastlm.ops._checks import (
     PLAIN,
     check_dtype,
@@ -34,12 +35,12 @@ def check_linear(
     others = {"linear_weight": linear_weight}
     if linear_bias is not None:
         others["linear_bias"] = linear_bias
-    dtype = _dtype_under_autocast(input)
+    dtype = dtype_under_autocast(input)
     for name, tensor in others.items():
         check_tensor(op, name, tensor)
         check_dtype(op, name, tensor)
         check_same_device(op, name, tensor, "input", input)
-        if _dtype_under_autocast(tensor) != dtype:
+        if dtype_under_autocast(tensor) != dtype:
             check_same_dtype(op, name, tensor, "input", input)
     check_shape(op, "linear_weight", linear_weight, ("V", input.shape[-1]), "to match input")
     vocab_size = linear_weight.shape[0]
@@ -48,16 +49,6 @@ def check_linear(
     if linear_bias is not None:
         check_shape(op, "linear_bias", linear_bias, (vocab_size,), "to match linear_weight")
     return dtype
-
-
-def _dtype_under_autocast(tensor: Tensor) -> torch.dtype:
-    """What ``F.linear`` would cast ``tensor`` to: autocast leaves float64 alone."""
-    device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or tensor.is_meta:
-        return tensor.dtype
-    if not torch.is_autocast_enabled(device_type):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device_type)
 
 
 def cast_to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlm.kernels._shards import mark_of
-from fastlm.ops._checks import PLAIN, check_shape, check_tensor, check_that
+from fastlm.ops._checks import PLAIN, check_shape, check_tensor, check_that, is_distributed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -48,11 +48,6 @@ class ShardedLoss(NamedTuple):
     weight: Tensor | None
     group: str
     num_classes: int
-
-
-def is_distributed(tensor: object) -> bool:
-    """Whether it is a DTensor; by its name, whose module takes long to import."""
-    return type(tensor).__name__ == "DTensor"
 
 
 def sharded_loss(

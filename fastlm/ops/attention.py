@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.ops._autocast import dtype_under_autocast
 from fastlm.ops._autograd import once_differentiable
 from fastlm.ops._checks import (
     FLOAT_DTYPES,
@@ -20,6 +21,7 @@ from fastlm.ops._checks import (
     check_shape,
     check_tensor,
     check_that,
+    is_distributed,
 )
 from fastlm.ops._define import define_op
 
@@ -65,6 +67,10 @@ def causal_attention(
     float32 products on a GPU are in tf32 where ``torch.backends.cuda.matmul.fp32_precision`` says
     so.
 
+    Under autocast query, key and value are cast as for torch's attention.  DTensors of one mesh are
+    attended where they are if split along rows (dim 0) or heads (dim 2), key heads evenly, and else
+    moved first; then all tensors must be DTensors.
+
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; D from 1 to 512.
         key: ``(B, S, G, D)``, dtype of query; H must be a multiple of G, and query head h reads key
@@ -81,7 +87,8 @@ def causal_attention(
             the queries from ``cu_seqlens_q[d]`` to ``cu_seqlens_q[d + 1]``, and sees its own keys
             alone, aligned at their ends.  Begins with 0, never falls, and ends by T; documents may
             be empty.  The queries after the last see nothing.  Nothing is read on the host, and
-            lengths are no part of what is compiled.
+            lengths are no part of what is compiled.  See
+            :func:`fastlm.cu_seqlens_from_position_ids`.
         cu_seqlens_k: The same of the keys; None if they are divided like the queries.
         key_start: ``(B,)`` int32 or int64, on the device: the keys of row b before
             ``key_start[b]`` are padding, which no query sees.
@@ -100,6 +107,8 @@ def causal_attention(
         TypeError: A dtype is not one of those above, or they differ.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
+    if torch._C._is_any_autocast_enabled():
+        query, key, value = _cast(query, key, value)
     _check_arguments(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     sequences: Sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
@@ -117,6 +126,11 @@ def causal_attention(
         or value.requires_grad
         or (sinks is not None and sinks.requires_grad)
     ):
+        # the compiler takes no tensor twice
+        if value is key or value is query:
+            value = value.view_as(value)
+        if key is query:
+            key = key.view_as(key)
         out, lse = _CausalAttention.apply(
             query, key, value, sinks, *sequences, scale, window_size, softcap, backend
         )
@@ -127,12 +141,22 @@ def causal_attention(
     return (out, lse) if return_lse else out
 
 
+def _cast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, as torch casts the inputs of its attention."""
+    return [
+        x.to(dtype_under_autocast(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in tensors
+    ]
+
+
 def _check_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:
     if _is_usual(query, key, value):
         return
     op = "causal_attention"
     for name, x in (("query", query), ("key", key), ("value", value)):
-        check_tensor(op, name, x)
+        check_tensor(op, name, x, like=query)
+    if is_distributed(query):
+        from fastlm.ops import _attention_sharding  # noqa: F401
     check_dtype(op, "query", query)
     check_shape(op, "query", query, ("B", "T", "H", "D"))
     batch, _, heads, head_dim = query.shape
@@ -182,7 +206,7 @@ def _check_options(
         is_cap = 0 < softcap < math.inf
         check_that(op, "softcap", is_cap, "be positive and finite", softcap)
     if sinks is not None:
-        check_tensor(op, "sinks", sinks)
+        check_tensor(op, "sinks", sinks, like=query)
         check_dtype(op, "sinks", sinks)
         check_shape(op, "sinks", sinks, query.shape[2:3], "to match query")
         check_same_device(op, "sinks", sinks, "query", query)
@@ -202,7 +226,7 @@ def _check_sequences(
     padding = {"key_start": key_start, "key_end": key_end}
     for name, x in (bounds | padding).items():
         if x is not None:
-            check_tensor(op, name, x)
+            check_tensor(op, name, x, like=query)
             check_dtype(op, name, x, (torch.int32, torch.int64))
             check_same_device(op, name, x, "query", query)
     for name, x in padding.items():
@@ -256,7 +280,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out no more than that
         if dout is None:
             out = saved[-2]
             dout = out.new_zeros(()).expand(out.shape)

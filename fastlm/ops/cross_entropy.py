@@ -326,11 +326,10 @@ class _CrossEntropy(torch.autograd.Function):
         dentropy: Tensor | None,
         dpredictions: None,
     ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out no more than that
         if dlosses is None:
-            dlosses = torch.zeros_like(ctx.saved_tensors[3])
-        dinput = _backward(
-            dlosses, dlogprobs, dlse, dentropy, *ctx.saved_tensors, *ctx.options, ctx.backend
-        )
+            dlosses = torch.zeros_like(saved[3])
+        dinput = _backward(dlosses, dlogprobs, dlse, dentropy, *saved, *ctx.options, ctx.backend)
         return dinput, *[None] * 9
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from fastlm.ops._checks import check_integer, check_that
+from fastlm.ops._checks import check_integer, check_that, is_distributed
 from fastlm.ops._linear import check_linear_loss, shifted
 from fastlm.ops._linear_loss import BACKENDS, Reduced, needs_gradient, per_position
-from fastlm.ops._shards import is_distributed, sharded_loss
+from fastlm.ops._shards import sharded_loss
 from fastlm.ops.cross_entropy import LossStats, LossSums, check_loss_options
 
 if TYPE_CHECKING:

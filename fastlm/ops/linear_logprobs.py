@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastlm.ops._checks import is_distributed
 from fastlm.ops._linear import check_linear_loss, shifted
 from fastlm.ops._linear_loss import needs_gradient, per_position
-from fastlm.ops._shards import is_distributed, sharded_loss
+from fastlm.ops._shards import sharded_loss
 from fastlm.ops.cross_entropy import check_loss_options
 
 if TYPE_CHECKING:

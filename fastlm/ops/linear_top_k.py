@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops._checks import check_dtype, check_integer, check_tensor, check_that
+from fastlm.ops._checks import (
+    check_dtype,
+    check_integer,
+    check_tensor,
+    check_that,
+    is_distributed,
+)
 from fastlm.ops._define import define_op
 from fastlm.ops._linear import cast_to, check_linear
-from fastlm.ops._shards import is_distributed, sharded_layer
+from fastlm.ops._shards import sharded_layer
 from fastlm.ops.cross_entropy import check_transform
 
 if TYPE_CHECKING:

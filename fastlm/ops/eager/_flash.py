@@ -125,8 +125,8 @@ def width_of(head_dim: int, value_dim: int, like: Tensor) -> int:
 
 def ready(x: Tensor, width: int) -> Tensor:
     """``(B, T, H, D)`` to ``(B, H, T, width)``: a view, unless torch takes no such view."""
-    if x.itemsize == 2 and not x.is_cuda:
-        x = x.to(_cpu_dtype(x.dtype))
+    if x.itemsize == 2:
+        x = x.to(dtype_of(x))
     if x.shape[-1] != width:
         x = F.pad(x, (0, width - x.shape[-1]))
     elif x.stride(3) != 1:
@@ -142,6 +142,11 @@ def finish(x: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
     if x.dtype != like.dtype:
         x = x.to(like.dtype)
     return x.contiguous()
+
+
+def dtype_of(x: Tensor) -> torch.dtype:
+    """What torch is to multiply ``x`` in."""
+    return _cpu_dtype(x.dtype) if x.itemsize == 2 and not x.is_cuda else x.dtype
 
 
 @functools.cache

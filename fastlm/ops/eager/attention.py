@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastlm.ops.eager._flash import (
     added_band,
+    dtype_of,
     finish,
     flash,
     flash_backward,
@@ -123,6 +124,8 @@ def backward(
     value_dim = value.shape[-1]
     width = width_of(query.shape[-1], value_dim + (dlse is not None), query)
     fused = _is_fused(query, width, sequences, scale, window_size, softcap)
+    if dlse is not None and dtype_of(query) == torch.float16:
+        fused = False  # of a scaled loss dlse, and what the kernel makes of it, passes 65,504
     blocks = _blocks(query, key, sequences, scale, window_size, fused)
     q, k, v, do, o = (_heads(x, width, fused) for x in (query, key, value, dout, out))
     if dlse is not None and fused:
@@ -349,6 +352,8 @@ def _sequences(query: Tensor, key: Tensor, sequences: Sequences) -> Iterator[_Se
         for (q, q_end), (k, k_end) in zip(
             itertools.pairwise(q_bounds), itertools.pairwise(k_bounds), strict=True
         ):
+            if q == q_end:
+                continue  # there may be thousands: cu_seqlens of fixed size end in them
             offset = k_end - k - (q_end - q)
             yield _Sequence(slice(0, 1), q, q_end - q, k, k_end - k, offset)
         return
