@@ -85,7 +85,8 @@ def run(
         kwargs: Passed on; float tensors among them are cast too.
     """
     leaves = [_leaf(x, dtype, backward) for x in inputs]
-    kwargs = {name: _leaf(x, dtype, False) for name, x in kwargs.items()}
+    if dtype is not None:
+        kwargs = {name: _cast(x, dtype) for name, x in kwargs.items()}
     outputs = [x for x in as_tuple(function(*leaves, **kwargs)) if x is not None]
     floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     results: list[Tensor | None] = [x.detach() for x in outputs]
@@ -101,6 +102,10 @@ def _leaf(x: Any, dtype: torch.dtype | None, requires_grad: bool) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     return x.detach().to(dtype or x.dtype).requires_grad_(requires_grad)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def attention_inputs(
