@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._checked import as_tuple
+from fastlm.ops._checks import PLAIN
 from fastlm.ops._tolerance import compare
 
 __all__ = [
@@ -82,7 +83,7 @@ def run(
         dtype: Cast float tensors to this before.
         backward: Also compute gradients.
         upstream_seed: Incoming gradients are random, the same for every dtype and device.
-        kwargs: Passed on; float tensors among them are cast too.
+        kwargs: Passed on; plain float tensors among them are cast too.
     """
     leaves = [_leaf(x, dtype, backward) for x in inputs]
     if dtype is not None:
@@ -105,7 +106,7 @@ def _leaf(x: Any, dtype: torch.dtype | None, requires_grad: bool) -> Any:
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    return x.to(dtype) if type(x) in PLAIN and x.is_floating_point() else x
 
 
 def attention_inputs(
