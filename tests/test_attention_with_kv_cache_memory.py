@@ -201,8 +201,9 @@ def unread(one):
     capacity = caches.capacity if cos is None else min(caches.capacity, len(cos))
     with no_host_sync():
         out, lse = eager._unread(
-            one.query, caches, key, value, lengths, capacity, cos, sin, interleaved,
-            sinks, scale, window, cap,
+            one.query, caches, key, value, lengths, capacity,
+            None if cos is None else eager._Tables(cos, sin, interleaved),
+            eager._Options(sinks, scale, window, cap),
         )  # fmt: skip
     return out, lse, k_cache, v_cache
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +42,37 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     caches = _Caches(k_cache, v_cache, block_table)
     capacity = capacity_of(k_cache, block_table, rotary_cos)
-    tables = (rotary_cos, rotary_sin, rotary_interleaved)
-    options = (sinks, scale, window_size, softcap)
+    tables = None
+    if rotary_cos is not None and rotary_sin is not None:
+        tables = _Tables(rotary_cos, rotary_sin, rotary_interleaved)
+    options = _Options(sinks, scale, window_size, softcap)
     if cache_seqlens is not None and not cache_seqlens.is_cpu:
-        return _unread(query, caches, key, value, cache_seqlens, capacity, *tables, *options)
+        return _unread(query, caches, key, value, cache_seqlens, capacity, tables, options)
     new = 0 if key is None else query.shape[1]
     lengths = read_lengths(cache_seqlens, cache_length, len(query), new, capacity)
     if block_table is not None and block_table.is_cpu:
         for row, length in enumerate(lengths):
             read_pages(row, length + new, k_cache, block_table)
-    return _known(query, caches, key, value, lengths, *tables, *options)
+    return _known(query, caches, key, value, lengths, tables, options)
+
+
+class _Tables(NamedTuple):
+    """Cosines and sines of positions."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def turned(self, query: Tensor, key: Tensor, at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """``at`` the positions, of all rows or ``(B, T)``."""
+        return rotary.forward(query, key, self.cos[at], self.sin[at], self.interleaved)
+
+
+class _Options(NamedTuple):
+    sinks: Tensor | None
+    scale: float
+    window_size: int | None
+    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -127,13 +149,8 @@ def _known(
     key: Tensor | None,
     value: Tensor | None,
     lengths: list[int],
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
-    sinks: Tensor | None,
-    scale: float,
-    window_size: int | None,
-    softcap: float | None,
+    tables: _Tables | None,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """Rows of one length that follow each other are one call."""
     outs, lses, row = [], [], 0
@@ -145,13 +162,15 @@ def _known(
         if key is not None and value is not None:
             k = key[rows]
             end = length + q.shape[1]
-            if rotary_cos is not None and rotary_sin is not None:
-                angles = rotary_cos[length:end], rotary_sin[length:end]
-                q, k = rotary.forward(q, k, *angles, rotary_interleaved)
+            if tables is not None:
+                q, k = tables.turned(q, k, slice(length, end))
             caches.append(rows, length, k, value[rows])
             length = end
-        options = (sinks, None, None, None, None, scale, window_size, softcap)
-        out, lse = attention.forward(q, *caches.stored(rows, length), *options)
+        k, v = caches.stored(rows, length)
+        out, lse = attention.forward(
+            q, k, v, options.sinks, None, None, None, None,
+            options.scale, options.window_size, options.softcap,
+        )  # fmt: skip
         outs.append(out)
         lses.append(lse)
     return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses))
@@ -164,28 +183,21 @@ def _unread(
     value: Tensor | None,
     cache_seqlens: Tensor,
     capacity: int,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
-    sinks: Tensor | None,
-    scale: float,
-    window_size: int | None,
-    softcap: float | None,
+    tables: _Tables | None,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """Lengths stay on the device; a row that does not fit gives NaN."""
     lengths, new = cache_seqlens.long(), 0 if key is None else query.shape[1]
     fits = caches.hold(lengths, new, capacity)
     if key is not None and value is not None:
         positions = lengths[:, None] + torch.arange(new, device=query.device)
-        if rotary_cos is not None and rotary_sin is not None:
-            at = positions.clamp(0, rotary_cos.shape[0] - 1)
-            angles = rotary_cos[at], rotary_sin[at]
-            query, key = rotary.forward(query, key, *angles, rotary_interleaved)
+        if tables is not None:
+            query, key = tables.turned(query, key, positions.clamp(0, len(tables.cos) - 1))
         caches.append_unread(positions, fits, key, value)
     lengths = (lengths + new).masked_fill(~fits, 0)
-    out, lse = _masked(query, caches, lengths, scale, window_size, softcap)
-    if sinks is not None:
-        out, lse = attention.with_sinks(out, lse, sinks)
+    out, lse = _masked(query, caches, lengths, options)
+    if options.sinks is not None:
+        out, lse = attention.with_sinks(out, lse, options.sinks)
     unfit = ~fits[:, None, None]
     out = out.masked_fill(unfit[..., None], torch.nan).to(query.dtype).contiguous()
     return out, lse.masked_fill(unfit, torch.nan)
@@ -195,9 +207,7 @@ def _masked(
     query: Tensor,
     caches: _Caches,
     lengths: Tensor,
-    scale: float,
-    window_size: int | None,
-    softcap: float | None,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """Over all that the caches can hold, of which each row sees its length; in float32."""
     batch, num_queries, heads, _ = query.shape
@@ -209,13 +219,14 @@ def _masked(
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, k, v))
     # the key that each query is aligned with
     last = torch.arange(num_queries, device=query.device) + (lengths[:, None] - num_queries)
-    first = torch.zeros_like(last) if window_size is None else last + 1 - window_size
+    window = options.window_size
+    first = torch.zeros_like(last) if window is None else last + 1 - window
     step = max(1, _WRITTEN_SCORES // max(1, batch * heads * caches.capacity))
     outs, lses = [], []
     for start in range(0, num_queries, step):
         at = slice(start, start + step)
         seen = (keys <= last[:, at, None]) & (keys >= first[:, at, None])
-        out, lse = attend(q[:, :, at], k, v, scale, softcap, seen[:, None])
+        out, lse = attend(q[:, :, at], k, v, options.scale, options.softcap, seen[:, None])
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
