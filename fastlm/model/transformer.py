@@ -242,11 +242,6 @@ class CausalLM(nn.Module):
 
     def _loss(self, hidden: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
         weight = self.lm_head.weight
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            # autocast knows torch's matrix products only
-            dtype = torch.get_autocast_dtype(device)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
         if num_items is None:
             return linear_cross_entropy(hidden, weight, targets)
         return linear_cross_entropy(hidden, weight, targets, reduction="sum") / num_items
