@@ -24,10 +24,10 @@ from fastlm.ops._checks import (
     is_distributed,
 )
 from fastlm.ops._define import define_op
+from fastlm.ops.reference._key_ranges import Sequences
 
 MAX_HEAD_DIM = 512
 _INT32_MAX = 2**31 - 1
-Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 BACKENDS = {
     "triton": "fastlm.kernels.attention",
     "torch": "fastlm.ops.eager.attention",

@@ -28,7 +28,7 @@ from fastlm.ops.eager._flash import (
     width_of,
 )
 from fastlm.ops.eager._written import attend, attend_backward
-from fastlm.ops.reference._key_ranges import key_ranges, read_boundaries, read_padding
+from fastlm.ops.reference._key_ranges import Sequences, key_ranges, read_boundaries, read_padding
 
 # Queries of a block that is fused with a mask: twice as many, which torch multiplies faster, where
 # that adds few keys to those that most of them see.  Scores of a block that is written out.  Scores
@@ -37,8 +37,6 @@ _FUSED_QUERIES = 128
 _WRITTEN_SCORES = 1 << 19
 _SMALL_SCORES = 1 << 16
 _TINY = torch.finfo(torch.float32).tiny
-
-Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(

@@ -10,6 +10,9 @@ from torch import Tensor
 
 _OP = "causal_attention"
 
+# cu_seqlens_q, cu_seqlens_k, key_start, key_end
+Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 def key_ranges(
     num_queries: int,

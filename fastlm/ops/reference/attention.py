@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops.reference._key_ranges import key_ranges
+from fastlm.ops.reference._key_ranges import Sequences, key_ranges
 
 # elements of the score matrix that the truths hold at once
 _SCORES_AT_ONCE = 1 << 22
@@ -138,9 +138,6 @@ def _needed(
         grad if need and grad is not None else x.new_empty(0)
         for grad, need, x in zip(grads, needs, like, strict=True)
     )
-
-
-Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _ranges(
