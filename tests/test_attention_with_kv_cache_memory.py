@@ -154,6 +154,39 @@ def test_a_cache_without_a_row_that_fits_is_unchanged(device):
         assert same(v_cache, one.v_cache).all()
 
 
+@pytest.mark.parametrize(
+    ("length", "num_queries", "page_size", "at"), [(29, 2, 10, 3), (30, 1, 10, 3), (140, 1, 1, 135)]
+)
+def test_each_page_that_a_row_needs_is_looked_at(device, length, num_queries, page_size, at):
+    """Those that new tokens reach, and those beyond what is looked at together."""
+    one = call((length,), num_queries, device=device, page_size=page_size, capacity=150)
+    one.options["block_table"][0, at] = 2**20
+    for out, lse, k_cache, v_cache in (one("triton"), unread(one)):
+        assert out.isnan().all()
+        assert lse.isnan().all()
+        assert same(k_cache, one.k_cache).all()
+        assert same(v_cache, one.v_cache).all()
+
+
+@pytest.mark.parametrize("wide", [-1 + 2**32, 2**32], ids=["minus one", "zero"])
+def test_a_64_bit_page_is_not_cut_to_32(device, wide):
+    one = call((5,), device=device, page_size=10)
+    table = one.options["block_table"].long()
+    table[0, 0] = wide
+    out, *_ = one("triton", block_table=table)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_caches_without_room(device, backend):
+    nothing = call((0, 0), capacity=0, appends=False, device=device)
+    out, lse, *_ = nothing(backend, cache_seqlens=0)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    none = call((), capacity=9, device=device)
+    assert none(backend)[0].shape == (0, 1, 2, 16)
+
+
 @pytest.mark.parametrize("page", [-1, 1000])
 def test_a_page_that_is_none(device, page):
     one = call((25, 25), 2, device=device, page_size=10)

@@ -52,7 +52,9 @@ def refused() -> None:
         one = dataclasses.replace(call((0, 5), 2), lengths=[99, 5])
         short = call((25, 25), 2, page_size=10, capacity=40)
         short.options["block_table"][0, 1] = -1
-        for refusing in (one, short):
+        new = call((30, 25), 2, page_size=10, capacity=40)
+        new.options["block_table"][0, 3] = -1
+        for refusing in (one, short, new):
             out, lse, k_cache, _ = refusing("triton")
             assert out[0].isnan().all()
             assert lse[0].isnan().all()
@@ -108,8 +110,12 @@ MUTANTS = [
     (Mutant("a row that does not fit is written", APPEND,
             "inside = (rows < num_queries * kv_heads) & fits",
             "inside = rows < num_queries * kv_heads"), inside),
-    (Mutant("one page is enough", CACHE, "tl.min(exists.to(tl.int32), 0)",
-            "tl.max(exists.to(tl.int32), 0)"), refused),
+    (Mutant("one page is enough", CACHE, "all_exist = tl.min(", "all_exist = tl.max("), refused),
+    (Mutant("pages of new tokens are not looked at", APPEND, "tl.where(fits, start + num_queries, 0)",
+            "tl.where(fits, start, 0)"), refused),
+    (Mutant("pages are not looked at before they are read", DECODE,
+            "stored_end = tl.where(fits, stored_end, start)",
+            "fits = fits | (length > 0)"), refused),
     (Mutant("a row that does not fit is 0", DECODE, "out = tl.where(fits, acc / total,",
             "out = tl.where(total > 0, acc / total,"), refused),
     (Mutant("32-bit offsets", CACHE, "tokens = tokens.to(tl.int64)\n", "pass\n"), wide),

@@ -59,6 +59,8 @@ def run(argv: Sequence[str]) -> int:
     options = parse(WarmOptions, "doctor --warm", argv)
     # here and not above: help needs no torch
     try:
+        import triton  # noqa: F401
+
         from fastlm.kernels import _runtime
     except ModuleNotFoundError as error:
         raise UserError(f"doctor: --warm needs {error.name}, which is not installed") from None

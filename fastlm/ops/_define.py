@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,9 @@ def define_op(
     mutates = tuple(mutates)
     schema = torch.library.infer_schema(definition, mutates_args=mutates)
     arguments, returns = schema.rsplit(") -> ", 1)
+    written = [
+        at for at, name in enumerate(inspect.signature(definition).parameters) if name in mutates
+    ]
     name = f"{op}_{step}"
     _library.define(f"{name}{arguments}, str backend) -> {returns}")
     registered = getattr(torch.ops.fastlm, name).default
@@ -58,7 +62,12 @@ def define_op(
         chosen, implementation = choose(op, step, backends, wanted, inputs)
         if chosen != "reference" and _checked.is_on():
             return _checked.run(op, step, chosen, implementation, definition, inputs)
-        return implementation(*inputs)
+        results = implementation(*inputs)
+        for at in written:
+            # a kernel writes unseen by autograd, which must not take what it saved for what it saw
+            if not inputs[at].is_inference():
+                torch.autograd.graph.increment_version(inputs[at])
+        return results
 
     def run_fake(*args: Any) -> Any:
         *inputs, wanted = args

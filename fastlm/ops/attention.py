@@ -110,7 +110,11 @@ def causal_attention(
     if torch._C._is_any_autocast_enabled():
         query, key, value = _cast(query, key, value)
     _check_arguments(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    else:
+        check_real("causal_attention", "scale", scale)
+        scale = float(scale)
     sequences: Sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
     if any(x is not None for x in sequences):
         sequences = _check_sequences(query, key, *sequences)

@@ -61,20 +61,23 @@ def attention_with_kv_cache(
     The triton backend divides the keys of a row among programs and puts their results together
     (Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).  Into how many
     parts depends on L and on T H / G alone, so a row has the same bits in any batch and in a cache
-    of any size or kind.  There is no gradient.
+    of any size or kind.  Its workspace, of D + 1 floats for each query, head and part, has room for
+    the longest row that the cache can hold, where lengths are on the device.  There is no gradient.
+    Under autocast query, key and value are cast to the dtype of the caches.
 
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; T from 1, D from 1 to 256.
         k_cache: ``(B, S_max, G, D)``, dtype of query, written in place; or, with ``block_table``,
             pages ``(pages, page_size, G, D)``.  H must be a multiple of G.
-        v_cache: ``(B, S_max, G, Dv)`` or ``(pages, page_size, G, Dv)``, likewise.
+        v_cache: ``(B, S_max, G, Dv)`` or ``(pages, page_size, G, Dv)``, likewise.  With ``key``
+            neither cache may share memory with another argument.
         key: ``(B, T, G, D)`` to append, dtype of query; None to append nothing.
         value: ``(B, T, G, Dv)``, with ``key``.
         cache_seqlens: How many tokens each row has before the append: one int for all, or ``(B,)``
             int32 or int64 on the device, which is never read on the host of a GPU, nor changed.
-        block_table: ``(B, max_pages)`` int32 on the device: token s of row b stands in page
-            ``block_table[b, s // page_size]`` at ``s % page_size``.  A page that is appended to
-            must belong to one row.
+        block_table: ``(B, max_pages)`` int32 or int64 on the device: token s of row b stands at
+            ``s % page_size`` in page ``block_table[b, s // page_size]``.  A page that is appended
+            to must belong to one row.
         rotary_cos: ``(positions, R/2)``, R <= D, any float dtype: cosines by absolute position.
         rotary_sin: Shape and dtype of ``rotary_cos``.
         rotary_interleaved: Pair neighbouring channels, as in :func:`apply_rotary`.
@@ -100,14 +103,18 @@ def attention_with_kv_cache(
         TypeError: A dtype is not one of those above, or they differ.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
+    if torch._C._is_any_autocast_enabled() and isinstance(k_cache, Tensor):
+        query, key, value = _cast_to_cache(k_cache, query, key, value)
     _check_tensors(query, k_cache, v_cache, key, value, block_table)
+    if key is not None:
+        _check_writable(k_cache, v_cache)
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(query, key, rotary_cos, rotary_sin)
     lengths, length = _checked_lengths(query, key, cache_seqlens, capacity, rotary_cos)
-    _check_options(query, window_size, softcap, sinks, num_splits)
+    _check_options(query, scale, window_size, softcap, sinks, num_splits)
     if block_table is not None:
-        block_table = block_table.int().contiguous()
+        block_table = _narrow(block_table).contiguous()
     if window_size is not None:
         window_size = min(int(window_size), _INT32_MAX)
     out, lse = _forward(
@@ -144,6 +151,8 @@ def _check_tensors(
         check_shape(_OP, "block_table", block_table, (batch, "max_pages"), "to match query")
         check_same_device(_OP, "block_table", block_table, "query", query)
         rows = "pages"
+        has_room = k_cache.dim() == 4 and k_cache.shape[1] > 0
+        check_that(_OP, "k_cache", has_room, "have pages of a token or more", tuple(k_cache.shape))
     check_shape(_OP, "k_cache", k_cache, (rows, "S_max", "G", head_dim), "to match query")
     stored, size, kv_heads, _ = k_cache.shape
     check_shape(_OP, "v_cache", v_cache, (stored, size, kv_heads, "Dv"), "to match k_cache")
@@ -162,6 +171,26 @@ def _check_tensors(
     check_that(_OP, "k_cache", divides, requirement, f"{kv_heads} for {heads}")
 
 
+def _cast_to_cache(k_cache: Tensor, *tensors: Any) -> list[Any]:
+    """As autocast would: the caches, which are written, decide the dtype."""
+    return [x.to(k_cache.dtype) if isinstance(x, Tensor) else x for x in tensors]
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """In int32, what is beyond it being no length and no page either way."""
+    return x if x.dtype == torch.int32 else x.clamp(-1, _INT32_MAX).int()
+
+
+def _check_writable(k_cache: Tensor, v_cache: Tensor) -> None:
+    check_that(_OP, "v_cache", v_cache is not k_cache, "be another tensor than k_cache", "it")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        expanded = any(
+            size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
+        )
+        requirement = "have memory of its own for every element, to be written"
+        check_that(_OP, name, not expanded, requirement, f"strides {x.stride()}")
+
+
 def _check_constant(name: str, x: Tensor) -> None:
     needs = torch.is_grad_enabled() and x.requires_grad
     requirement = "not require a gradient, the op has none: use torch.no_grad()"
@@ -174,6 +203,7 @@ def _check_rotary(
     for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         check_that(_OP, name, x is not None, "come with the other table", "None")
         check_tensor(_OP, name, x)
+        _check_constant(name, x)  # type: ignore[arg-type]
     assert rotary_cos is not None
     assert rotary_sin is not None
     check_that(_OP, "key", key is not None, "be given with rotary_cos", "None")
@@ -200,8 +230,7 @@ def _checked_lengths(
         check_dtype(_OP, "cache_seqlens", cache_seqlens, (torch.int32, torch.int64))
         check_shape(_OP, "cache_seqlens", cache_seqlens, query.shape[:1], "to match query")
         check_same_device(_OP, "cache_seqlens", cache_seqlens, "query", query)
-        lengths = cache_seqlens.clamp(-1, _INT32_MAX).int().contiguous()
-        return lengths, 0
+        return _narrow(cache_seqlens).contiguous(), 0
     check_integer(_OP, "cache_seqlens", cache_seqlens)
     most = capacity if rotary_cos is None else min(capacity, rotary_cos.shape[0])
     new = 0 if key is None else query.shape[1]
@@ -213,6 +242,7 @@ def _checked_lengths(
 
 def _check_options(
     query: Tensor,
+    scale: float | None,
     window_size: int | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -222,6 +252,8 @@ def _check_options(
         if number is not None:
             check_integer(_OP, name, number)
             check_that(_OP, name, number >= 1, "be at least 1", number)
+    if scale is not None:
+        check_real(_OP, "scale", scale)
     if softcap is not None:
         check_real(_OP, "softcap", softcap)
         check_that(_OP, "softcap", 0 < softcap < math.inf, "be positive and finite", softcap)

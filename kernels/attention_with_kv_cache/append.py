@@ -7,7 +7,7 @@ nothing.
 import triton
 import triton.language as tl
 
-from .cache import load_turned, row_length, token_offsets
+from .cache import load_turned, pages_exist, row_length, token_offsets
 
 # what varies from call to call: Triton would compile anew for 1, and for multiples of 16
 LENGTHS = ["num_queries", "cache_length", "capacity", "max_pages", "num_pages"]
@@ -56,10 +56,11 @@ def append_kernel(
     blocks = tl.cdiv(num_queries * kv_heads, BLOCK)
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
-    start, fits = row_length(
-        seqlens_ptr, table_ptr, row, cache_length, num_queries, capacity, max_pages, page_size,
-        num_pages, HAS_LENGTHS, IS_PAGED,
-    )  # fmt: skip
+    start, fits = row_length(seqlens_ptr, row, cache_length, num_queries, capacity, HAS_LENGTHS)
+    if IS_PAGED:
+        # of all its tokens, so that a row is written where its result is a number
+        end = tl.where(fits, start + num_queries, 0)
+        fits = fits & pages_exist(0, end, row, table_ptr, max_pages, page_size, num_pages)
     rows = program % blocks * BLOCK + tl.arange(0, BLOCK)
     tokens, heads = rows // kv_heads, (rows % kv_heads).to(tl.int64)
     inside = (rows < num_queries * kv_heads) & fits

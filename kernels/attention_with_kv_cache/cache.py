@@ -5,26 +5,26 @@ import triton.language as tl
 
 
 @triton.jit
-def row_length(
-    seqlens_ptr, table_ptr, row, cache_length, new, capacity, max_pages, page_size, num_pages,
-    HAS_LENGTHS: tl.constexpr, IS_PAGED: tl.constexpr,
-):  # fmt: skip
-    """``(tokens before the append, whether they and ``new`` more fit in cache and table)``."""
+def row_length(seqlens_ptr, row, cache_length, new, capacity, HAS_LENGTHS: tl.constexpr):
+    """``(tokens before the append, whether they and ``new`` more fit)``."""
     start = cache_length
     if HAS_LENGTHS:
         start = tl.load(seqlens_ptr + row)
     # not start + new, which may pass 2**31
-    fits = (start >= 0) & (start <= capacity - new)
-    if IS_PAGED:
-        needed = tl.where(fits, tl.cdiv(start + new, page_size), 0)
-        lanes = tl.arange(0, 128)
-        for first in range(0, needed, 128):
-            pages = tl.load(
-                table_ptr + row * max_pages + first + lanes, mask=first + lanes < needed, other=0
-            )
-            exists = (pages >= 0) & (pages < num_pages)
-            fits = fits & (tl.min(exists.to(tl.int32), 0) == 1)
-    return start, fits
+    return start, (start >= 0) & (start <= capacity - new)
+
+
+@triton.jit
+def pages_exist(start, end, row, table_ptr, max_pages, page_size, num_pages):
+    """Whether the table names pages for the tokens from ``start`` to ``end`` of a row."""
+    exist = end >= 0
+    lanes = tl.arange(0, 128)
+    for first in range(start // page_size, tl.cdiv(end, page_size), 128):
+        inside = first + lanes < tl.cdiv(end, page_size)
+        pages = tl.load(table_ptr + row * max_pages + first + lanes, mask=inside, other=0)
+        all_exist = tl.min(((pages >= 0) & (pages < num_pages)).to(tl.int32), 0)
+        exist = exist & (all_exist == 1)
+    return exist
 
 
 @triton.jit

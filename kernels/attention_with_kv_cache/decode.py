@@ -21,13 +21,13 @@ from ..attention.tiles import (
     softmax_step,
     visible,
 )
-from .cache import load_turned, row_length, token_offsets
+from .cache import load_turned, pages_exist, row_length, token_offsets
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # what varies from call to call: Triton would compile anew for 1, and for multiples of 16
 LENGTHS = [
-    "num_queries", "cache_length", "capacity", "max_pages", "num_pages", "window", "parts",
-    "splits",
+    "batch_kv_heads", "num_queries", "cache_length", "capacity", "max_pages", "num_pages", "window",
+    "parts", "splits",
 ]  # fmt: skip
 
 
@@ -106,13 +106,20 @@ def decode_kernel(
     block = program // batch_kv_heads % blocks
     split = program // batch_kv_heads // blocks
     new = num_queries if APPENDS else 0
-    length, fits = row_length(
-        seqlens_ptr, table_ptr, row, cache_length, new, capacity, max_pages, page_size, num_pages,
-        HAS_LENGTHS, IS_PAGED,
-    )  # fmt: skip
+    length, fits = row_length(seqlens_ptr, row, cache_length, new, capacity, HAS_LENGTHS)
     length = tl.where(fits, length + new, 0)
     offset = length - num_queries
     split_keys = keys_of_split(length, parts, BLOCK_N, SPLIT_KEYS, MOST_SPLITS)
+    # not split * split_keys, which may pass 2**31 for a split that the row does not have
+    if split >= tl.cdiv(tl.maximum(length, 1), split_keys):
+        return
+    start = split * split_keys
+    stored_end = start + tl.minimum(split_keys, length - start)
+    if IS_PAGED:
+        fits = fits & pages_exist(
+            start, stored_end, row, table_ptr, max_pages, page_size, num_pages
+        )
+        stored_end = tl.where(fits, stored_end, start)
 
     pairs = block * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = pairs // group_size
@@ -134,11 +141,7 @@ def decode_kernel(
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0).to(ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_V), ACC)
     last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group_size, num_queries - 1)
-    # not split * split_keys, which may pass 2**31 for a split that the row does not have
-    is_there = split < tl.cdiv(tl.maximum(length, 1), split_keys)
-    start = tl.where(is_there, split, 0) * split_keys
-    end = tl.minimum(start + tl.minimum(split_keys, length - start), last_query + offset + 1)
-    end = tl.where(is_there, end, start)
+    end = tl.minimum(stored_end, last_query + offset + 1)
     if HAS_WINDOW:
         first_seen = tl.maximum(block * BLOCK_M // group_size + offset + 1 - window, 0)
         start = tl.maximum(start, first_seen // BLOCK_N * BLOCK_N)
@@ -174,14 +177,15 @@ def decode_kernel(
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)
     out = acc / row_sum[:, None]
     lse = row_max + tl.log2(row_sum)
+    # a split without its pages makes the whole row NaN
+    out = tl.where(fits, out, float("nan"))
+    lse = tl.where(fits, lse, float("nan"))
     statistics = (row * kv_heads * group_size + heads) * num_queries + queries
     if IS_WHOLE:
-        out = tl.where(fits, out, float("nan"))
-        lse = tl.where(fits, lse * LN_2, float("nan"))
+        lse *= LN_2
         tokens = row * num_queries + queries
         outs = (tokens * kv_heads * group_size + heads) * VALUE_DIM
     else:
-        inside &= is_there
         statistics = statistics * splits + split
         outs = statistics * VALUE_DIM
     tl.store(lse_ptr + statistics, lse, mask=inside)
@@ -197,20 +201,15 @@ def combine_kernel(
     out_ptr,  # (B, T, H, VALUE_DIM), contiguous
     lse_ptr,  # (B, H, T), contiguous, ACC
     seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
-    table_ptr,  # (B, max_pages) int32, read if IS_PAGED
     heads,  # H
     num_queries,  # T
     cache_length,  # read unless HAS_LENGTHS
     capacity,
-    max_pages,
-    page_size,
-    num_pages,
     parts,  # read if SPLIT_KEYS == 0
     splits,
     VALUE_DIM: tl.constexpr,
     APPENDS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    IS_PAGED: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,  # of decode_kernel
@@ -223,10 +222,7 @@ def combine_kernel(
     query, head = program % num_queries, program // num_queries % heads
     row = program // num_queries // heads
     new = num_queries if APPENDS else 0
-    length, fits = row_length(
-        seqlens_ptr, table_ptr, row, cache_length, new, capacity, max_pages, page_size, num_pages,
-        HAS_LENGTHS, IS_PAGED,
-    )  # fmt: skip
+    length, fits = row_length(seqlens_ptr, row, cache_length, new, capacity, HAS_LENGTHS)
     length = tl.where(fits, length + new, 0)
     split_keys = keys_of_split(length, parts, BLOCK_N, SPLIT_KEYS, MOST_SPLITS)
     count = tl.cdiv(tl.maximum(length, 1), split_keys)

@@ -96,15 +96,19 @@ def forward(
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
 
-    kinds["APPENDS"] = key is not None
     pairs = num_queries * group_size
     plan = tuning.plan(pairs, head_dim, value_dim, query.dtype)
-    kinds["SPLIT_KEYS"] = tuning.split_keys(pairs) if num_splits is None else 0
-    kinds["MOST_SPLITS"] = tuning.MOST_SPLITS
-    kinds["BLOCK_N"] = plan.block_n
-    parts = num_splits or 1
+    splitting = {
+        "APPENDS": key is not None,
+        "HAS_LENGTHS": cache_seqlens is not None,
+        "SPLIT_KEYS": tuning.split_keys(pairs) if num_splits is None else 0,
+        "MOST_SPLITS": tuning.MOST_SPLITS,
+        "BLOCK_N": plan.block_n,
+    }
+    # a part has a block of keys or more
+    parts = min(num_splits or 1, max(1, triton.cdiv(capacity, plan.block_n)))
     splits = parts
-    if kinds["SPLIT_KEYS"]:
+    if splitting["SPLIT_KEYS"]:
         longest = capacity if cache_seqlens is not None else cache_length + num_queries
         splits = min(tuning.MOST_SPLITS, max(1, triton.cdiv(longest, tuning.SPLIT_KEYS)))
     whole = splits == 1
@@ -120,7 +124,7 @@ def forward(
         batch * kv_heads, kv_heads, group_size, num_queries, *lengths,
         0 if window_size is None else min(window_size, capacity + num_queries), parts, splits,
         scale, softcap or 1.0,
-        **kinds, **turns, **sizes, IS_WHOLE=whole,
+        **splitting, IS_PAGED=block_table is not None, **turns, **sizes, IS_WHOLE=whole,
         HAS_WINDOW=window_size is not None, HAS_SOFTCAP=softcap is not None,
         FAST_CAP=softcap is not None and softcap <= 128.0 and query.itemsize == 2,
         HAS_SINKS=sinks is not None, PRECISION="tf32" if uses_tf32(query) else "ieee",
@@ -130,9 +134,9 @@ def forward(
         plan = tuning.COMBINE
         launch(
             combine_kernel, (batch * heads * num_queries,),
-            out_parts, lse_parts, out, lse, cache_seqlens, block_table,
-            heads, num_queries, *lengths, parts, splits,
-            **kinds, VALUE_DIM=value_dim, BLOCK_V=sizes["BLOCK_V"], ACC=acc,
+            out_parts, lse_parts, out, lse, cache_seqlens,
+            heads, num_queries, cache_length, capacity, parts, splits,
+            **splitting, VALUE_DIM=value_dim, BLOCK_V=sizes["BLOCK_V"], ACC=acc,
             BLOCK_S=plan.block_m, num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
     return out, lse

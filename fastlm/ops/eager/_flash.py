@@ -129,7 +129,7 @@ def ready(x: Tensor, width: int) -> Tensor:
         x = x.to(dtype_of(x))
     if x.shape[-1] != width:
         x = F.pad(x, (0, width - x.shape[-1]))
-    elif x.stride(3) != 1:
+    if x.stride(3) != 1:  # a padded copy too, which keeps the order that dimensions have in memory
         x = x.contiguous()
     return x.transpose(1, 2)
 

@@ -46,14 +46,27 @@ def forward(
     if rotary_cos is not None and rotary_sin is not None:
         tables = _Tables(rotary_cos, rotary_sin, rotary_interleaved)
     options = _Options(sinks, scale, window_size, softcap)
-    if cache_seqlens is not None and not cache_seqlens.is_cpu:
+    if len(query) == 0 or capacity == 0:
+        return _empty(query, v_cache, key is None and cache_seqlens is None)
+    if not query.is_cpu and (cache_seqlens is not None or block_table is not None):
+        if cache_seqlens is None:
+            cache_seqlens = torch.full((len(query),), cache_length, device=query.device)
         return _unread(query, caches, key, value, cache_seqlens, capacity, tables, options)
     new = 0 if key is None else query.shape[1]
     lengths = read_lengths(cache_seqlens, cache_length, len(query), new, capacity)
-    if block_table is not None and block_table.is_cpu:
+    if block_table is not None:
         for row, length in enumerate(lengths):
             read_pages(row, length + new, k_cache, block_table)
     return _known(query, caches, key, value, lengths, tables, options)
+
+
+def _empty(query: Tensor, v_cache: Tensor, fits: bool) -> tuple[Tensor, Tensor]:
+    """Of no rows, or over caches without room: nothing to see, or rows that do not fit."""
+    batch, num_queries, heads, _ = query.shape
+    out = query.new_full((batch, num_queries, heads, v_cache.shape[-1]), 0.0 if fits else torch.nan)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    lse = -torch.inf if fits else torch.nan
+    return out, query.new_full((batch, heads, num_queries), lse, dtype=dtype)
 
 
 class _Tables(NamedTuple):
