@@ -46,6 +46,17 @@ def inside() -> None:
             )
 
 
+def missing() -> None:
+    """A page that new tokens need is none, beside memory that may not be touched."""
+    with small_splits():
+        one = call((30,), 2, page_size=10, capacity=40)
+        one.options["block_table"][0, 3] = -1
+        tensors = [guarded(x, "front") for x in (one.query, one.k_cache, one.v_cache)]
+        fastlm.attention_with_kv_cache(
+            *tensors, cache_seqlens=one.seqlens, backend="triton", **one.options
+        )
+
+
 def refused() -> None:
     """A row that does not fit, or lacks a page, is NaN, and writes nothing."""
     with small_splits():
@@ -111,13 +122,13 @@ MUTANTS = [
             "inside = (rows < num_queries * kv_heads) & fits",
             "inside = rows < num_queries * kv_heads"), inside),
     (Mutant("one page is enough", CACHE, "all_exist = tl.min(", "all_exist = tl.max("), refused),
-    (Mutant("pages of new tokens are not looked at", APPEND, "tl.where(fits, start + num_queries, 0)",
-            "tl.where(fits, start, 0)"), refused),
+    (Mutant("pages of new tokens are not looked at", APPEND,
+            "tl.where(fits, start + num_queries, 0)", "tl.where(fits, start, 0)"), missing),
     (Mutant("pages are not looked at before they are read", DECODE,
             "stored_end = tl.where(fits, stored_end, start)",
             "fits = fits | (length > 0)"), refused),
-    (Mutant("a row that does not fit is 0", DECODE, "out = tl.where(fits, acc / total,",
-            "out = tl.where(total > 0, acc / total,"), refused),
+    (Mutant("a row that does not fit is 0", DECODE, "out = tl.where(fits, out,",
+            "out = tl.where(split >= 0, out,"), refused),
     (Mutant("32-bit offsets", CACHE, "tokens = tokens.to(tl.int64)\n", "pass\n"), wide),
     (Mutant("room for fewer splits", LAUNCH, "max(1, triton.cdiv(longest, tuning.SPLIT_KEYS))",
             "max(1, longest // tuning.SPLIT_KEYS - 4)"), accurate),

@@ -248,8 +248,8 @@ def combine_kernel(
         total += tl.sum(weight, 0)
         acc += tl.sum(part * weight[:, None], 0)
     total = tl.where(total == 0, 1.0, total)
-    out = tl.where(fits, acc / total, float("nan"))
-    lse = tl.where(fits, (largest + tl.log2(total)) * LN_2, float("nan"))
-    tl.store(lse_ptr + program, lse)
+    # NaN where a part is
+    out = acc / total
+    tl.store(lse_ptr + program, (largest + tl.log2(total)) * LN_2)
     out_ptrs = out_ptr + ((row * num_queries + query) * heads + head) * VALUE_DIM + cols
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=cols < VALUE_DIM)
