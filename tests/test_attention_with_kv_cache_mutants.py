@@ -65,7 +65,8 @@ def refused() -> None:
         short.options["block_table"][0, 1] = -1
         new = call((30, 25), 2, page_size=10, capacity=40)
         new.options["block_table"][0, 3] = -1
-        for refusing in (one, short, new):
+        unsplit = dataclasses.replace(call((0, 5), 2, capacity=12), lengths=[11, 5])
+        for refusing in (one, short, new, unsplit):
             out, lse, k_cache, _ = refusing("triton")
             assert out[0].isnan().all()
             assert lse[0].isnan().all()
