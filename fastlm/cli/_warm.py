@@ -7,6 +7,7 @@ cores.  Triton keeps what they make in its cache on disk, where the training run
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -58,9 +59,9 @@ def run(argv: Sequence[str]) -> int:
     """
     options = parse(WarmOptions, "doctor --warm", argv)
     # here and not above: help needs no torch
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("doctor: --warm needs triton, which is not installed")
     try:
-        import triton  # noqa: F401
-
         from fastlm.kernels import _runtime
     except ModuleNotFoundError as error:
         raise UserError(f"doctor: --warm needs {error.name}, which is not installed") from None
