@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import subprocess
 import sys
@@ -385,6 +386,26 @@ def test_explain_says_where_a_call_goes_in_a_sentence():
     assert fastlm.explain("causal_attention", query, key, value).route is None
     with pytest.raises(RuntimeError, match="same dtype"):
         fastlm.explain("scaled_dot_product_attention", query, key.double(), value)
+
+
+@pytest.mark.parametrize("checking", [False, True])
+def test_can_take_the_place_of_torchs(device, monkeypatch, checking):
+    tensors = inputs((2, 4, 9, 16), device=device)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True, device=device)
+    x = torch.randn(2, 9, 32, device=device)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(9, device=device)
+    calls = (
+        lambda: F.scaled_dot_product_attention(*tensors),
+        lambda: F.scaled_dot_product_attention(*tensors, is_causal=True),
+        lambda: layer(x),
+        lambda: layer(x, mask, is_causal=True),
+    )
+    want = [call() for call in calls]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    with fastlm.checked() if checking else contextlib.nullcontext():
+        for call, wanted in zip(calls, want, strict=True):
+            torch.testing.assert_close(call(), wanted)
 
 
 def test_checked_compares_what_is_ours(device, monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# by itself, since ours may have taken its place in torch.nn.functional
+from torch._C._nn import scaled_dot_product_attention as _torchs_function
 
 from fastlm.ops import _explain
 from fastlm.ops._autocast import dtype_under_autocast
@@ -64,7 +66,7 @@ def scaled_dot_product_attention(
     why_not = None if _is_usual(*call) else _refusal(*call)
     if why_not is not None:
         _explain.note_route(call, _TORCHS, why_not)
-        return F.scaled_dot_product_attention(
+        return _torchs_function(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     length = query.shape[-2]
