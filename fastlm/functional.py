@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastlm.compat import sdpa
 from fastlm.compat.sdpa import scaled_dot_product_attention
 from fastlm.ops import _explain
 from fastlm.ops._checked import KernelMismatch, checked
@@ -36,8 +37,10 @@ OPS = {
     )
 }
 
-# Functions that have no backends and hand each call on, to one of those above or to torch's own.
+# Functions that have no backends and hand each call on, to one of those above or to torch's own,
+# and what says where to.
 ROUTERS = {op.__name__: op for op in (scaled_dot_product_attention,)}
+_ROUTES = {"scaled_dot_product_attention": sdpa.route}
 
 __all__ = [
     "Explanation",
@@ -71,4 +74,5 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     known = OPS | ROUTERS
     check_choice("explain", "op", op, tuple(known))
-    return _explain.explain(known[op], *args, **kwargs)
+    route = _ROUTES[op](*args, **kwargs) if op in _ROUTES else None
+    return _explain.explain(known[op], args, kwargs, route)

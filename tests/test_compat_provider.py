@@ -90,13 +90,34 @@ def test_puts_back_what_was_active_and_chosen(registry):
                 assert torch._C._get_sdp_priority_order()[0] == FLASH
             assert attention.current_flash_attention_impl() == "fastlm"
         assert state() == before
-        assert registry == [
-            "+other", "-other", "+fastlm", "-fastlm", "+fastlm", "-fastlm", "+fastlm", "-fastlm",
-            "+other",
-        ]  # fmt: skip
+        assert registry == ["+other", "-other", "+fastlm", "-fastlm", "+other"]
     finally:
         torch._C._set_sdp_priority_order(order)
         torch.backends.cuda.enable_flash_sdp(True)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 2, 0), (0, 2, 1)], ids=str)
+def test_uses_end_in_any_order(registry, order):
+    attention.activate_flash_attention_impl("other")
+    before = state()
+    uses = [fastlm.use_as_sdpa() for _ in order]
+    inside = state()
+    for position in order[:-1]:
+        uses[position].close()
+        uses[position].close()
+        assert attention.current_flash_attention_impl() == "fastlm"
+        assert state() == inside
+    uses[order[-1]].close()
+    assert state() == before
+
+
+def test_a_later_use_takes_its_place_again(registry):
+    before = state()
+    with fastlm.use_as_sdpa():
+        attention.activate_flash_attention_impl("other")
+        with fastlm.use_as_sdpa():
+            assert attention.current_flash_attention_impl() == "fastlm"
+    assert state() == before
 
 
 def test_leaves_what_somebody_else_activated(registry):

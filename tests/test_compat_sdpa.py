@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def test_masks_are_torchs(device, name):
 def test_no_value_of_a_mask_is_looked_at(device, monkeypatch):
     query, key, value = inputs((2, 4, 9, 16), (2, 4, 12, 16), device=device)
     reached = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **_: reached.append(x[3]))
+    monkeypatch.setattr(module, "_torchs_function", lambda *x, **_: reached.append(x[3]))
     mask = torch.ones(9, 12, dtype=torch.bool, device=device).tril()
     with no_host_sync():
         sdpa(query, key, value, mask)
@@ -385,6 +386,57 @@ def test_explain_says_where_a_call_goes_in_a_sentence():
     assert fastlm.explain("causal_attention", query, key, value).route is None
     with pytest.raises(RuntimeError, match="same dtype"):
         fastlm.explain("scaled_dot_product_attention", query, key.double(), value)
+
+
+@pytest.mark.parametrize("checking", [False, True])
+def test_can_take_the_place_of_torchs(device, monkeypatch, checking):
+    tensors = inputs((2, 4, 9, 16), device=device)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True, device=device)
+    x = torch.randn(2, 9, 32, device=device)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(9, device=device)
+    calls = (
+        lambda: F.scaled_dot_product_attention(*tensors),
+        lambda: F.scaled_dot_product_attention(*tensors, is_causal=True),
+        lambda: layer(x),
+        lambda: layer(x, mask, is_causal=True),
+    )
+    want = [call() for call in calls]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    with fastlm.checked() if checking else contextlib.nullcontext():
+        for call, wanted in zip(calls, want, strict=True):
+            torch.testing.assert_close(call(), wanted)
+
+
+class Named(torch.Tensor):
+    pass
+
+
+def of_tensors_that_have_their_own_functions():
+    query = torch.randn(2, 4, 9, 16)
+    yield query.as_subclass(Named)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        yield torch.nested.nested_tensor([torch.randn(4, n, 16) for n in (3, 5)])
+    parts = [torch.randn(n, 4, 16) for n in (3, 5)]
+    yield torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+
+
+def test_explain_says_where_tensors_go_that_have_their_own_functions(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("explain ran torch's function")
+
+    monkeypatch.setattr(module, "_torchs_function", fail)
+    for query in of_tensors_that_have_their_own_functions():
+        for options in ({}, {"is_causal": True}):
+            explained = fastlm.explain(
+                "scaled_dot_product_attention", query, query, query, **options
+            )
+            assert explained.route.to == TORCHS
+            assert explained.route.why == "a tensor is no plain strided one"
+            assert not explained.steps
+    plain = torch.randn(2, 4, 9, 16)
+    assert route(plain, plain, plain, torch.ones(9, 9).as_subclass(Named)).to == TORCHS
 
 
 def test_checked_compares_what_is_ours(device, monkeypatch):

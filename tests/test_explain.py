@@ -82,6 +82,18 @@ def test_raises_what_the_call_would_raise(device):
     assert not _explain._under_way
 
 
+def test_explains_calls_of_tensor_subclasses(device):
+    class Named(torch.Tensor):
+        pass
+
+    x = torch.randn(1, 4, 2, 8, device=device)
+    named = x.as_subclass(Named).requires_grad_()
+    for op, count in (("causal_attention", 3), ("swiglu", 2)):
+        plain = fastlm.explain(op, *[x.detach().requires_grad_()] * count)
+        assert fastlm.explain(op, *[named] * count) == plain
+        assert list(plain.steps) == ["forward", "backward"]
+
+
 def test_imports_no_triton_for_tensors_on_cpu():
     program = textwrap.dedent("""
         import sys, torch, fastlm

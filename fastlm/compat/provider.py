@@ -22,6 +22,10 @@ NAME = "fastlm"
 _FORWARD = "aten::_scaled_dot_product_flash_attention"
 _BACKWARD = "aten::_scaled_dot_product_flash_attention_backward"
 _DTYPES = (torch.float16, torch.bfloat16)
+# How many uses are open, and what puts back what the first of them found.
+_lock = threading.Lock()
+_open_uses = 0
+_put_back = contextlib.ExitStack()
 # Set while one of ours runs in this thread: the oracle of checked() asks torch's function.
 _running = threading.local()
 
@@ -41,7 +45,8 @@ def use_as_sdpa() -> contextlib.ExitStack:
     (:func:`torch.nn.attention.register_flash_attention_impl`), activates it, and lets torch choose
     flash attention before its other backends, cuDNN among them.  The end puts back the
     implementation and the choice that were there; the name stays in the registry's list, as those
-    of torch's own do.  An implementation that somebody else activates meanwhile is left alone.
+    of torch's own do.  Of several uses that overlap, the last to end does so.  An implementation
+    that somebody else activates meanwhile is left alone.
 
     Ours serve what torch hands to flash attention (float16 or bfloat16, no mask, sm_80 and newer),
     provided it is causal or has one query, without dropout.  Anything else runs as before: on the
@@ -64,12 +69,29 @@ def use_as_sdpa() -> contextlib.ExitStack:
             "use_as_sdpa: torch must see a CUDA device, got torch.cuda.is_available() False; "
             "fastlm.scaled_dot_product_attention runs anywhere"
         )
-    with contextlib.ExitStack() as changes:
-        changes.callback(_deactivate, registry.current_flash_attention_impl())
-        registry.register_flash_attention_impl(NAME, register_fn=override)
-        registry.activate_flash_attention_impl(NAME)
+    global _open_uses, _put_back
+    with _lock, contextlib.ExitStack() as changes:
+        previous = registry.current_flash_attention_impl()
+        if previous != NAME:
+            changes.callback(_deactivate, previous)
+            registry.register_flash_attention_impl(NAME, register_fn=override)
+            registry.activate_flash_attention_impl(NAME)
         _prefer_flash(changes)
-        return changes.pop_all()
+        kept = changes.pop_all()
+        if _open_uses == 0:
+            _put_back = kept
+        _open_uses += 1
+    use = contextlib.ExitStack()
+    use.callback(_end)
+    return use
+
+
+def _end() -> None:
+    global _open_uses
+    with _lock:
+        _open_uses -= 1
+        if _open_uses == 0:
+            _put_back.close()
 
 
 def _deactivate(previous: str | None) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops import _explain
+# by itself, since ours may have taken its place in torch.nn.functional
+from torch._C._nn import scaled_dot_product_attention as _torchs_function
+
 from fastlm.ops._autocast import dtype_under_autocast
 from fastlm.ops._checks import FLOAT_DTYPES, PLAIN, overrides_torch
+from fastlm.ops._explain import Route
 from fastlm.ops.attention import MAX_HEAD_DIM, causal_attention
 
 _OURS, _TORCHS = "causal_attention", "torch.nn.functional.scaled_dot_product_attention"
@@ -61,24 +64,40 @@ def scaled_dot_product_attention(
         RuntimeError, TypeError, ValueError: torch's own, where torch refuses the arguments.
     """
     call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    why_not = None if _is_usual(*call) else _refusal(*call)
-    if why_not is not None:
-        _explain.note_route(call, _TORCHS, why_not)
-        return F.scaled_dot_product_attention(
+    if not _is_usual(*call) and _refusal(*call) is not None:
+        return _torchs_function(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     length = query.shape[-2]
-    if is_causal or (attn_mask is not None and _variant(attn_mask) == "UPPER_LEFT"):
-        why = "it is causal"
-        if key.shape[-2] > length:
-            why += ", and no query sees the keys past the number of queries"
-            key, value = key.narrow(-2, 0, length), value.narrow(-2, 0, length)
-    else:
-        why = "a single query sees all keys" if attn_mask is None else "attn_mask says it is causal"
-    _explain.note_route(call, _OURS, why)
+    if _aligns_beginnings(attn_mask, is_causal) and key.shape[-2] > length:
+        key, value = key.narrow(-2, 0, length), value.narrow(-2, 0, length)
     out = causal_attention(*(_ours(x) for x in (query, key, value)), scale=scale)
     out = cast(Tensor, out).transpose(1, 2)
     return out if query.dim() == 4 else out.view(*query.shape[:-1], value.shape[-1])
+
+
+_SIGNATURE = inspect.signature(scaled_dot_product_attention)
+
+
+def route(*args: Any, **kwargs: Any) -> Route:
+    """Where :func:`scaled_dot_product_attention` sends a call with these arguments, and why."""
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    query, key, _, attn_mask, _, is_causal, *_ = call = tuple(bound.arguments.values())
+    why_not = _refusal(*call)
+    if why_not is not None:
+        return Route(_TORCHS, why_not, is_ours=False)
+    if not _aligns_beginnings(attn_mask, is_causal):
+        why = "a single query sees all keys" if attn_mask is None else "attn_mask says it is causal"
+    elif key.shape[-2] > query.shape[-2]:
+        why = "it is causal, and no query sees the keys past the number of queries"
+    else:
+        why = "it is causal"
+    return Route(_OURS, why, is_ours=True)
+
+
+def _aligns_beginnings(attn_mask: Tensor | None, is_causal: bool) -> bool:
+    return is_causal or (attn_mask is not None and _variant(attn_mask) == "UPPER_LEFT")
 
 
 def _is_usual(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastlm.ops._checks import overrides_torch
 from fastlm.ops._dispatch import Choice, weigh
@@ -21,10 +21,12 @@ class Route:
     Attributes:
         to: Name of the function that runs.
         why: The reason, half a sentence.
+        is_ours: Whether that function has backends.
     """
 
     to: str
     why: str
+    is_ours: bool
 
 
 @dataclass
@@ -60,38 +62,39 @@ _under_way: dict[FakeTensorMode, Explanation] = {}
 
 def note(op: str, step: str, backends: Mapping[str, str], wanted: str, args: Sequence[Any]) -> None:
     """Called by every operator when it is traced; records the choice if an explain() asked."""
-    for explanation in _asking(args):
-        explanation.steps[step] = weigh(op, step, backends, wanted, args)
-
-
-def note_route(args: Sequence[Any], to: str, why: str) -> None:
-    """Called by functions that hand their calls on; records where to if an explain() asked."""
-    for explanation in _asking(args):
-        explanation.route = Route(to, why)
-
-
-def _asking(args: Sequence[Any]) -> list[Explanation]:
     if not _under_way:
-        return []
+        return
     modes = {arg.fake_mode for arg in args if isinstance(arg, FakeTensor)}
-    return [_under_way[mode] for mode in modes & _under_way.keys()]
+    for mode in modes & _under_way.keys():
+        _under_way[mode].steps[step] = weigh(op, step, backends, wanted, args)
 
 
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    route: Route | None = None,
+) -> Explanation:
     """Trace ``function`` on shapes alone, forward and, where an input needs it, backward.
 
     No memory is allocated for tensors and nothing is computed.  Arguments are checked as in the
     real call, so a call that would raise raises here.
+
+    Where ``function`` hands its calls on, ``route`` is where this one goes.  A call that goes to
+    torch with tensors that have versions of torch's functions of their own is not traced.
     """
+    explanation = Explanation(function.__name__, route=route)
+    if route is not None and not route.is_ours and _has_its_own_functions(args, kwargs):
+        return explanation
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def faked(tensor: torch.Tensor) -> torch.Tensor:
-        # a subclass that is something else than its elements stays what it is
-        if overrides_torch(tensor):
+        # what is routed by its class, a mask that knows whom it hides, keeps it
+        if route is not None and overrides_torch(tensor):
             return tensor
         return mode.from_tensor(tensor, static_shapes=True)
 
-    explanation = _under_way[mode] = Explanation(function.__name__)
+    _under_way[mode] = explanation
     try:
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, faked, (args, kwargs))
         with mode:
@@ -103,3 +106,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         return explanation
     finally:
         del _under_way[mode]
+
+
+def _has_its_own_functions(*arguments: Any) -> bool:
+    tensors = (x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
+    return any(overrides_torch(x) or x.is_nested for x in tensors)

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# by itself, since ours may have taken its place in torch.nn.functional
+from torch._C._nn import scaled_dot_product_attention
+
 from fastlm.ops.reference._key_ranges import Sequences, key_ranges
 
 # elements of the score matrix that the truths hold at once
@@ -368,7 +371,7 @@ def _eager(
 def _fused(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
     width, value_dim = max(query.shape[-1], value.shape[-1]), value.shape[-1]
     q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
     return out[..., :value_dim].transpose(1, 2)
 
 
