@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastlm.benchmarks import _harness, _report
-from fastlm.benchmarks._harness import REGISTRY, Ceilings
+from fastlm.benchmarks._harness import REGISTRY, Benchmark, Ceilings
 
 # op -> the module that registers its benchmark
 OPS = {
@@ -27,6 +27,7 @@ OPS = {
     "cross_entropy": "loss",
     "linear_cross_entropy": "loss",
 }
+DIED = "ended the process"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,9 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.show:
         return _show(options.show)
     device = options.device
-    for op in options.ops:
-        if op not in REGISTRY:  # a benchmark that is run as a script has registered its own
-            importlib.import_module(f"fastlm.benchmarks.{OPS[op]}")
     dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
     ceilings = _harness.measure_ceilings(device, [dtype])
     env = _report.environment(device, ceilings)
@@ -58,34 +56,36 @@ def _run_op(
     op: str, path: Path, env: dict[str, Any], ceilings: Ceilings, dtype: torch.dtype,
     options: argparse.Namespace, deadline: float,
 ) -> bool:  # fmt: skip
-    bench = REGISTRY[op]
+    bench = _benchmark(op)
     size = "quick" if options.quick else options.device
     rows = [] if options.fresh else _report.load(path, env)
     done = {_key(row) for row in rows}
     for row in rows:
         print(_report.line(row), flush=True)
     for problem in bench.sizes[size]:
-        stubs = {
-            mode: {**problem.labels(op, mode, dtype), "provider": "fastlm"}
+        stubs = [
+            {**problem.labels(op, mode, dtype), "provider": provider}
             for mode in problem.modes
-        }
-        missing = [mode for mode, stub in stubs.items() if _key(stub) not in done]
+            for provider in bench.wanted(problem, options.only)
+        ]
+        missing = [stub for stub in stubs if _key(stub) not in done]
         if not missing:
             continue
         if time.monotonic() > deadline:
             print(f"{problem} not run: out of time", flush=True)
             return False
         # Stays in the file when the process dies here, and then names the case that did it.
-        died = [{**stubs[mode], "failed": "ended the process"} for mode in missing]
-        _report.save(path, env, rows + died)
+        _report.save(path, env, rows + [{**stub, "failed": DIED} for stub in missing])
         torch.manual_seed(0)
         case = bench.build(problem, dtype, options.device)
+        assert {*case.providers, *case.yardsticks} == set(bench.providers), op
         new: list[dict[str, Any]] = []
         try:
-            for mode in missing:
+            for mode in dict.fromkeys(stub["mode"] for stub in missing):
+                wanted = [stub["provider"] for stub in missing if stub["mode"] == mode]
                 for row in _harness.run_case(
                     bench, case, problem, mode, dtype, options.device, ceilings,
-                    wanted=options.only, seconds=0.5 if options.quick else 2.0,
+                    wanted=wanted, seconds=0.5 if options.quick else 2.0,
                 ):  # fmt: skip
                     new.append(row)
                     print(_report.line(row), flush=True)
@@ -103,7 +103,15 @@ def _run_op(
         del case
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    return not any("failed" in row for row in rows if row["provider"] == "fastlm")
+    return not any(
+        "failed" in row for row in rows if row["provider"] == "fastlm" or row.get("failed") == DIED
+    )
+
+
+def _benchmark(op: str) -> Benchmark:
+    if op not in REGISTRY:  # a benchmark that is run as a script has registered its own
+        importlib.import_module(f"fastlm.benchmarks.{OPS[op]}")
+    return REGISTRY[op]
 
 
 def _show(folder: Path) -> int:
@@ -112,11 +120,14 @@ def _show(folder: Path) -> int:
         content = json.loads(path.read_text())
         print(f"\n{path.stem}\n{_report.heading(content['env'])}\n{_report.HEADER}")
         print(*map(_report.line, content["rows"]), sep="\n")
+    if not paths:
+        print(f"no results in {folder}", file=sys.stderr)
     return 0 if paths else 1
 
 
 def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row.get(name) for name in ("op", "mode", "shape", "dtype", "inputs")])
+    names = ("op", "mode", "shape", "dtype", "inputs", "provider")
+    return json.dumps([row.get(name) for name in names])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -135,6 +146,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for op in options.ops:
         if op not in OPS:
             parser.error(f"there is no benchmark {op!r}: {', '.join(OPS)}")
+    if options.only:
+        # a dict keeps their order
+        providers = {name: None for op in options.ops for name in _benchmark(op).providers}
+        for name in options.only:
+            if name not in providers:
+                parser.error(f"there is no provider {name!r} here: {', '.join(providers)}")
     return options
 
 

@@ -98,23 +98,35 @@ Build = Callable[[Problem, torch.dtype, str], Case]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Sizes per kind of device, and how to build a case of one."""
+    """Sizes per kind of device, how to build a case of one, and who and what is timed in it."""
 
     op: str
     build: Build
+    providers: tuple[str, ...]
     sizes: dict[str, list[Problem]]
+
+    def wanted(self, problem: Problem, only: Iterable[str] = ()) -> list[str]:
+        """Those of ``only``, or of all, that are worth running on ``problem``."""
+        names = [name for name in self.providers if not problem.only or name in problem.only]
+        return [name for name in names if not only or name in only]
 
 
 REGISTRY: dict[str, Benchmark] = {}
 
 
-def benchmark(op: str, **sizes: list[Problem]) -> Callable[[Build], Build]:
-    """Register ``build(problem, dtype, device)``; ``sizes`` has the keys cuda, cpu and quick."""
+def benchmark(
+    op: str, providers: Iterable[str], **sizes: list[Problem]
+) -> Callable[[Build], Build]:
+    """Register ``build(problem, dtype, device)``.
+
+    ``providers`` names those of its cases and their yardsticks; ``sizes`` has the keys cuda, cpu
+    and quick.
+    """
 
     def register(build: Build) -> Build:
         if op in REGISTRY:
             raise ValueError(f"benchmark {op!r} is registered twice")
-        REGISTRY[op] = Benchmark(op, build, sizes)
+        REGISTRY[op] = Benchmark(op, build, tuple(providers), sizes)
         return build
 
     return register
@@ -177,10 +189,10 @@ def _flush_buffer() -> Tensor:
 
 def run_case(
     bench: Benchmark, case: Case, problem: Problem, mode: str, dtype: torch.dtype, device: str,
-    ceilings: Ceilings, *, wanted: Iterable[str] = (), seconds: float = 2.0,
+    ceilings: Ceilings, *, wanted: Iterable[str], seconds: float = 2.0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row per provider; one that is absent or fails has ``absent`` or ``failed`` instead of
-    numbers, and a yardstick has no error."""
+    """One row for each of ``wanted``; one that is absent or fails has ``absent`` or ``failed``
+    instead of numbers, and a yardstick has no error."""
     common = problem.labels(bench.op, mode, dtype)
     truth = case.truth(mode)
     plain: Outputs | None = None
@@ -188,7 +200,7 @@ def run_case(
     errors: dict[str, float] = {}
     kernels: dict[str, str] = {}
     for name, provider in case.providers.items():
-        if not _is_wanted(name, problem, wanted):
+        if name not in wanted:
             continue
         if isinstance(provider, str):
             yield {**common, "provider": name, "absent": provider}
@@ -211,7 +223,7 @@ def run_case(
         del outputs
     del plain
     for name, yardstick in case.yardsticks.items():
-        if _is_wanted(name, problem, wanted):
+        if name in wanted:
             call = functools.partial(yardstick, mode)
             call()
             calls[name] = functools.partial(_itself, call)
@@ -235,10 +247,6 @@ def run_case(
             "max_rel_err": errors.get(name),
             **({"kernel": kernels[name]} if name in kernels else {}),
         }
-
-
-def _is_wanted(name: str, problem: Problem, wanted: Iterable[str]) -> bool:
-    return (not problem.only or name in problem.only) and (not wanted or name in wanted)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -45,6 +45,9 @@ FORCED = {
 # These neither store scores nor have to be compiled for every shape.
 FUSED = ("sdpa", "sdpa.flash", "sdpa.cudnn", "sdpa.efficient", "flash-attn", "fastlm")
 STORING = ("sdpa.math", "torch", "torch.compile")
+_BOTH = ("flex", "varlen", "flash-attn", "fastlm")
+CAUSAL_PROVIDERS = ("sdpa", *FORCED, "torch", "torch.compile", *_BOTH)
+OPTIONS_PROVIDERS = ("sdpa.mask", "sdpa.built", "torch", *_BOTH)
 SOFTCAP = 50.0  # of Gemma 2
 
 
@@ -140,12 +143,14 @@ class _Call:
         return 4.0 * heads * head_dim * pairs
 
 
-@benchmark("attention", cuda=GPU, cpu=CPU, quick=CPU[:1])
+@benchmark("attention", CAUSAL_PROVIDERS, cuda=GPU, cpu=CPU, quick=CPU[:1])
 def attention(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     return _case(problem, dtype, device)
 
 
-@benchmark("attention_options", cuda=GPU_OPTIONS, cpu=CPU_OPTIONS, quick=QUICK_OPTIONS)
+@benchmark(
+    "attention_options", OPTIONS_PROVIDERS, cuda=GPU_OPTIONS, cpu=CPU_OPTIONS, quick=QUICK_OPTIONS
+)
 def attention_options(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     return _case(problem, dtype, device)
 

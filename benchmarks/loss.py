@@ -56,9 +56,13 @@ CPU_LAYERS += [
         modes=("fwd_bwd",),
     )
 ]
+LOGITS_PROVIDERS = ("torch", "torch.compile", "liger", "quack", "fastlm")
+LAYER_PROVIDERS = (
+    "torch", "torch.compile", "torch.chunked", "liger", "cce", "quack", "fastlm", "products",
+)  # fmt: skip
 
 
-@benchmark("cross_entropy", cuda=GPU_LOGITS, cpu=CPU_LOGITS, quick=CPU_LOGITS[:1])
+@benchmark("cross_entropy", LOGITS_PROVIDERS, cuda=GPU_LOGITS, cpu=CPU_LOGITS, quick=CPU_LOGITS[:1])
 def cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     rows, vocab_size = problem.shape["N"], problem.shape["V"]
     logits = torch.randn(rows, vocab_size, device=device).mul_(4)
@@ -89,7 +93,9 @@ def cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     )
 
 
-@benchmark("linear_cross_entropy", cuda=GPU_LAYERS, cpu=CPU_LAYERS, quick=CPU_LAYERS[:1])
+@benchmark(
+    "linear_cross_entropy", LAYER_PROVIDERS, cuda=GPU_LAYERS, cpu=CPU_LAYERS, quick=CPU_LAYERS[:1]
+)
 def linear_cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     rows, width, vocab_size = (problem.shape[name] for name in "NCV")
     hidden, weight, target = layer(rows, width, vocab_size, problem.inputs, dtype, device)

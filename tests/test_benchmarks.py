@@ -54,10 +54,39 @@ def test_rows_have_the_fields_readers_rely_on_and_a_second_call_adds_none(tmp_pa
         assert row["inputs"] == "random"
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert 0 < row["max_rel_err"] < 1e-3
-    benchmark(tmp_path, "cross_entropy")
-    assert (
-        json.loads((tmp_path / "cross_entropy.quick.json").read_text())["rows"] == content["rows"]
-    )
+    benchmark(tmp_path, "cross_entropy", "--only", "fastlm", "torch")
+    assert rows_of(tmp_path, "cross_entropy") == content["rows"]
+
+
+def test_a_call_for_a_few_leaves_the_others_to_the_next(tmp_path):
+    benchmark(tmp_path, "cross_entropy", "--only", "fastlm")
+    before = rows_of(tmp_path, "cross_entropy")
+    later = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
+    assert later.returncode == 0, later.stdout + later.stderr
+    rows = rows_of(tmp_path, "cross_entropy")
+    assert rows[: len(before)] == before
+    assert [(row["mode"], row["provider"]) for row in rows] == [
+        ("fwd", "fastlm"), ("fwd_bwd", "fastlm"), ("fwd", "torch"), ("fwd_bwd", "torch"),
+    ]  # fmt: skip
+
+
+def test_who_ran_when_the_process_ended_is_not_tried_again_and_others_are(tmp_path):
+    planted = f"""
+import os
+import fastlm
+fastlm.cross_entropy = lambda *args: os._exit(9)
+from fastlm.benchmarks.__main__ import main
+options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
+main(["cross_entropy", *options])
+"""
+    assert run(sys.executable, "-P", "-c", planted, env=PLAIN).returncode == 9
+    done = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = rows_of(tmp_path, "cross_entropy")
+    assert [(row["mode"], row["provider"], row.get("failed")) for row in rows] == [
+        ("fwd", "fastlm", "ended the process"), ("fwd_bwd", "fastlm", "ended the process"),
+        ("fwd", "torch", None), ("fwd_bwd", "torch", None),
+    ]  # fmt: skip
 
 
 def test_a_wrong_result_has_no_speed(tmp_path):
@@ -199,6 +228,19 @@ def test_unknown_benchmark_is_a_usage_error(tmp_path):
     done = benchmark(tmp_path, "atention")
     assert done.returncode == 2
     assert "'atention'" in done.stderr
+
+
+def test_an_unknown_provider_is_a_usage_error(tmp_path):
+    done = benchmark(tmp_path, "attention", "attention_options", "--only", "sdpa.mask", "liger")
+    assert done.returncode == 2
+    assert "no provider 'liger' here: sdpa, " in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_results_is_said_to_have_none(tmp_path):
+    done = run(sys.executable, ROOT / "benchmarks" / "run.py", "--show", tmp_path, env=PLAIN)
+    assert done.returncode == 1
+    assert done.stderr == f"no results in {tmp_path}\n"
 
 
 @pytest.fixture

@@ -264,6 +264,8 @@ def test_refuses_a_k_out_of_range(k):
         fastlm.linear_top_k(torch.zeros(3, 2), torch.zeros(5, 2), k)
 
 
-def test_refuses_a_k_that_is_no_integer():
-    with pytest.raises(TypeError, match="linear_top_k: k must be an integer, got float"):
-        fastlm.linear_top_k(torch.zeros(3, 2), torch.zeros(5, 2), 2.0)
+@pytest.mark.parametrize("k", [2.0, True])
+def test_refuses_a_k_that_is_no_integer(k):
+    message = f"linear_top_k: k must be an integer, got {type(k).__name__}"
+    with pytest.raises(TypeError, match=message):
+        fastlm.linear_top_k(torch.zeros(3, 2), torch.zeros(5, 2), k)

@@ -258,7 +258,9 @@ def test_refuses(change, error, message):
         fastlm.linear_cross_entropy(torch.zeros(3, 2), torch.zeros(5, 2), targets, **change)
 
 
-@pytest.mark.parametrize("name, value", [("num_items", 2.5), ("shift", 1.5), ("shift", "1")])
+@pytest.mark.parametrize(
+    "name, value", [("num_items", 2.5), ("shift", 1.5), ("shift", "1"), ("shift", True)]
+)
 def test_refuses_what_is_no_integer(name, value):
     x, matrix, targets = torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(TypeError, match=f"linear_cross_entropy: {name} must be an integer"):

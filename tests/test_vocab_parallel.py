@@ -416,6 +416,13 @@ def refuses(name: str) -> None:
         "other inputs": (
             {"input": x[: 6 - rank]}, ValueError, "input must be the same on all ranks",
         ),
+        "targets in a list": (
+            {"target": targets.tolist()}, TypeError, "target must be a tensor, got list",
+        ),
+        "bias in a list": (
+            {"linear_bias": [1.0]}, TypeError, "linear_bias must be a tensor, got list",
+        ),
+        "input in a list": ({"input": x.tolist()}, TypeError, "input must be a tensor, got list"),
         "class weights of a shard": (
             {"weight": torch.ones(10)}, ValueError, r"weight must have shape \(20,\)",
         ),
@@ -438,7 +445,7 @@ WRONG = [
     "no group", "a group of others", "another group", "replicated", "other dimension",
     "two dimensions", "local bias", "bias elsewhere", "sharded input", "DTensor input alone",
     "uneven shards", "no classes", "other targets", "other inputs", "class weights of a shard",
-    "bias of all classes",
+    "bias of all classes", "targets in a list", "bias in a list", "input in a list",
 ]  # fmt: skip
 
 

@@ -236,6 +236,9 @@ def refuses() -> None:
         ({"k": 3 + rank}, ValueError, "k must be the same on all ranks"),
         ({"k": 41}, ValueError, r"k must be in \[1, 40\], got 41"),
         ({"k": 2.0}, TypeError, "k must be an integer"),
+        ({"k": True}, TypeError, "k must be an integer, got bool"),
+        ({"linear_bias": [1.0]}, TypeError, "linear_bias must be a tensor, got list"),
+        ({"input": x.tolist()}, TypeError, "input must be a tensor, got list"),
         ({"input": x[: 4 - rank]}, ValueError, "input must be the same on all ranks"),
         (
             {"linear_weight": matrix[: 20 + rank]}, ValueError,

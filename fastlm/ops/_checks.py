@@ -88,7 +88,8 @@ def check_choice(op: str, name: str, value: object, allowed: tuple[str, ...]) ->
 
 
 def check_integer(op: str, name: str, value: object) -> None:
-    if type(value) is not int and not isinstance(value, Integral):
+    """Not a bool, which Python calls an integer."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
 
 

@@ -64,6 +64,7 @@ def sharded_loss(
         matrix: DTensor = linear_weight  # type: ignore[assignment]
         target = _replica(op, "target", target, matrix)
         weight = None if weight is None else _replica(op, "weight", weight, matrix)
+    check_tensor(op, "target", target)
     input, linear_weight, linear_bias, group, num_classes = sharded_layer(
         op, input, linear_weight, linear_bias, process_group, target=target
     )
@@ -95,7 +96,7 @@ def sharded_layer(
         ValueError: ``linear_weight`` is no DTensor with ``Shard(0)`` over a mesh of one dimension,
             another tensor is distributed otherwise, or ``process_group`` is not the mesh's; on CPU,
             ranks differ in the sizes of their inputs, their numbers of classes, or what is shared.
-        TypeError: ``process_group`` is none, or not one of this process.
+        TypeError: ``process_group`` is none, or not one of this process; an argument is no tensor.
     """
     if process_group is not None and not (
         dist.is_available() and isinstance(process_group, dist.ProcessGroup)
@@ -115,6 +116,9 @@ def sharded_layer(
         check_shape(op, "linear_weight", linear_weight, ("V / ranks", "C"))
         group = process_group
         num_classes = linear_weight.shape[0] * dist.get_world_size(group)
+    check_tensor(op, "input", input)
+    if linear_bias is not None:
+        check_tensor(op, "linear_bias", linear_bias)
     tensors = [input, linear_weight, *(x for x in shared.values() if isinstance(x, Tensor))]
     if not torch.compiler.is_compiling() and all(type(x) in PLAIN and x.is_cpu for x in tensors):
         _check_agreement(op, input, linear_weight, linear_bias, shared, group, num_classes)
