@@ -316,6 +316,7 @@ def test_gpu_script_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     for op in ("attention", "cross_entropy", "linear_cross_entropy"):
         assert f"test-{op} " in done.stdout
         assert f"time-{op} " in done.stdout
+    assert "test-attention_with_kv_cache " in done.stdout
     assert "time-attention_options " in done.stdout
     assert "runs" in done.stdout
     assert "does not fit any more" in done.stdout
