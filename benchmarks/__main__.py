@@ -115,14 +115,17 @@ def _benchmark(op: str) -> Benchmark:
 
 
 def _show(folder: Path) -> int:
-    paths = sorted(folder.glob("*.json"))
-    for path in paths:
+    shown = False
+    for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
+        if any(row["op"] not in OPS for row in content["rows"]):
+            continue  # of train_step or time_to_loss, which print their own
+        shown = True
         print(f"\n{path.stem}\n{_report.heading(content['env'])}\n{_report.HEADER}")
         print(*map(_report.line, content["rows"]), sep="\n")
-    if not paths:
+    if not shown:
         print(f"no results in {folder}", file=sys.stderr)
-    return 0 if paths else 1
+    return 0 if shown else 1
 
 
 def _key(row: dict[str, Any]) -> str:

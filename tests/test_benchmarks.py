@@ -243,6 +243,14 @@ def test_a_folder_without_results_is_said_to_have_none(tmp_path):
     assert done.stderr == f"no results in {tmp_path}\n"
 
 
+def test_the_committed_tables_can_be_shown():
+    folder = ROOT / "benchmarks" / "results" / "cpu-2-cores"
+    done = run(sys.executable, ROOT / "benchmarks" / "run.py", "--show", folder, env=PLAIN)
+    assert done.returncode == 0, done.stderr
+    titles = [line for line in done.stdout.splitlines() if (folder / f"{line}.json").exists()]
+    assert titles == ["attention", "cross_entropy", "linear_cross_entropy"]
+
+
 @pytest.fixture
 def gpu(tmp_path):
     """Run gpu.sh on the stages above; returns the exit code, what it printed and the table."""
@@ -316,6 +324,7 @@ def test_gpu_script_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     for op in ("attention", "cross_entropy", "linear_cross_entropy"):
         assert f"test-{op} " in done.stdout
         assert f"time-{op} " in done.stdout
+    assert "test-attention_with_kv_cache " in done.stdout
     assert "time-attention_options " in done.stdout
     assert "runs" in done.stdout
     assert "does not fit any more" in done.stdout
