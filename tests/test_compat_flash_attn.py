@@ -102,6 +102,20 @@ def test_a_single_query_sees_all_keys_without_being_causal(device):
     assert torch.equal(wide, flash_attn_func(*inputs, causal=True, window_size=(5, 0)))
 
 
+def test_single_queries_of_packed_sequences_see_all_keys_without_being_causal(device):
+    query, key, value = (x[0] for x in attention_inputs(1, 2, 40, 4, 2, 16, device=device))
+    bounds = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 2], [0, 9, 40])]
+    packed = flash_attn_varlen_func(query, key, value, *bounds, 1, 31)
+    assert torch.equal(
+        packed, flash_attn_varlen_func(query, key, value, *bounds, 1, 31, causal=True)
+    )
+    alone = flash_attn_func(query[None, 1:], key[None, 9:], value[None, 9:])
+    torch.testing.assert_close(packed[1:], alone[0])
+    wide = flash_attn_varlen_func(query, key, value, *bounds, 1, 31, window_size=(5, 5))
+    alone = flash_attn_func(query[None, 1:], key[None, 34:], value[None, 34:])
+    torch.testing.assert_close(wide[1:], alone[0])
+
+
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("window_size", [(-1, -1), (4, 0)])
 def test_packed_sequences(device, window_size, softcap):
@@ -168,9 +182,10 @@ def test_a_block_table_and_a_window_to_the_right_are_refused():
         flash_attn_varlen_func(
             query, key, value, *bounds, 1, 6, causal=True, block_table=torch.zeros(1, 1)
         )
-    # of packed sequences nobody knows on the host whether they have one query each
-    with pytest.raises(NotImplementedError, match="causal must be True"):
-        flash_attn_varlen_func(query, key, value, *bounds, 1, 6)
+    # of packed sequences nobody knows on the host whether they have one query each, if not told
+    for longest in (2, None, torch.tensor(1)):
+        with pytest.raises(NotImplementedError, match="causal must be True"):
+            flash_attn_varlen_func(query, key, value, *bounds, longest, 6)
     with pytest.raises(NotImplementedError, match=r"window_size=\(3, 1\)"):
         flash_attn_func(query[None].expand(1, 2, 2, 8), key[None], value[None], window_size=(3, 1))
 
@@ -190,3 +205,29 @@ def test_refuses_what_means_nothing():
     bounds = torch.tensor([0, 6])
     with pytest.raises(ValueError, match=r"flash_attn_varlen_func: k must have shape \(total_k, "):
         flash_attn_varlen_func(query[0], key, value, bounds, bounds, 6, 6, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("k", lambda x: x[..., :7], r"k must have shape \((1, S|total_k), G, 8\) to match q, got"),
+        ("k", lambda x: x[..., :0, :], "v must have shape"),
+        ("v", lambda x: x[..., :5, :, :], r"v must have shape \((1, )?6, 2, Dv\) to match k, got"),
+        ("v", lambda x: None, "v must be a tensor, got NoneType"),
+        ("q", lambda x: x[..., :1, :], "k must have a number of heads that divides q's, got 2 for"),
+    ],
+)
+def test_errors_have_the_names_and_shapes_of_the_caller(name, change, message):
+    tensors = dict(zip("qkv", attention_inputs(1, 6, 6, 2, 2, 8), strict=True))
+    bounds = torch.tensor([0, 6])
+    packed = {key: x[0] for key, x in tensors.items()}
+    tensors[name], packed[name] = change(tensors[name]), change(packed[name])
+    with pytest.raises((ValueError, TypeError), match=f"flash_attn_func: {message}"):
+        flash_attn_func(**tensors, causal=True)
+    with pytest.raises((ValueError, TypeError), match=f"flash_attn_varlen_func: {message}"):
+        flash_attn_varlen_func(*packed.values(), bounds, bounds, 6, 6, causal=True)
+
+
+def test_softcap_is_a_number():
+    with pytest.raises(TypeError, match="flash_attn_func: softcap must be "):
+        flash_attn_func(*attention_inputs(1, 6, 6, 2, 2, 8), causal=True, softcap=None)

@@ -355,6 +355,15 @@ def test_nested_tensors_are_torchs():
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("shape", [(9, 16), (4, 9, 16), (2, 4, 9, 16), (2, 3, 4, 9, 16)], ids=str)
+def test_changing_the_result_in_place_is_never_a_wrong_gradient(device, shape):
+    query = inputs(shape, device=device)[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        sdpa(query, query, query, is_causal=True).mul_(2).sum().backward()
+    out = sdpa(*[query.detach()] * 3, is_causal=True)
+    assert torch.equal(out * 2, out.mul_(2))
+
+
 def test_a_mode_of_torch_changes_no_route(device):
     tensors = inputs((2, 4, 9, 16), (2, 4, 12, 16), device=device)
     with torch.device(device):

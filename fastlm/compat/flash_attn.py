@@ -5,6 +5,10 @@ For programs whose build of that package fails, on any device and in any float d
     from fastlm.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 
 Names, order, defaults and layouts are theirs (https://github.com/Dao-AILab/flash-attention).
+
+Of what version 2.8 exports these two are all there is: ``flash_attn_with_kvcache`` is missing, and
+so are the functions of packed tensors, ``flash_attn_qkvpacked_func``, ``flash_attn_kvpacked_func``,
+``flash_attn_varlen_qkvpacked_func`` and ``flash_attn_varlen_kvpacked_func``.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import cast
 
 from torch import Tensor
 
-from fastlm.ops._checks import check_integer, check_shape, check_tensor, check_that
+from fastlm.ops._checks import check_integer, check_real, check_shape, check_tensor, check_that
 from fastlm.ops.attention import causal_attention
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
@@ -61,8 +65,7 @@ def flash_attn_func(
     """
     op = "flash_attn_func"
     _refuse_options(op, dropout_p, alibi_slopes, return_attn_probs)
-    check_tensor(op, "q", q)
-    check_shape(op, "q", q, ("B", "T", "H", "D"))
+    _check_tensors(op, q, k, v, ("B", "T"), "S")
     out = causal_attention(
         q,
         k,
@@ -101,11 +104,13 @@ def flash_attn_varlen_func(
         cu_seqlens_q: ``(sequences + 1,)`` int32, on the device: sequence b has the queries from
             ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``; those after the last get 0.
         cu_seqlens_k: The same of the keys.
-        max_seqlen_q: Not needed and not looked at, as no result depends on it.
-        max_seqlen_k: Likewise.
+        max_seqlen_q: The integer 1 says that no sequence has more than one query.  Any other value
+            is not needed and not looked at.
+        max_seqlen_k: Not needed and not looked at.
         dropout_p: Must be 0.
         softmax_scale: Factor of the scores; None for ``1 / sqrt(D)``.
-        causal: As in :func:`flash_attn_func`, in each sequence; without it ``right`` must be 0.
+        causal: As in :func:`flash_attn_func`, in each sequence; without it ``right`` must be 0, but
+            where ``max_seqlen_q`` is 1.
         window_size: ``(left, right)``; negative for no limit.
         softcap: Positive: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         alibi_slopes: Must be None.
@@ -122,20 +127,35 @@ def flash_attn_varlen_func(
     """
     op = "flash_attn_varlen_func"
     _refuse_options(op, dropout_p, alibi_slopes, return_attn_probs, block_table)
-    for name, x, heads in (("q", q, "H"), ("k", k, "G"), ("v", v, "G")):
-        check_tensor(op, name, x)
-        check_shape(op, name, x, (f"total_{name}", heads, "D"))
+    _check_tensors(op, q, k, v, ("total_q",), "total_k")
+    is_single = isinstance(max_seqlen_q, int) and max_seqlen_q == 1
     out = causal_attention(
         q[None],
         k[None],
         v[None],
         scale=softmax_scale,
-        window_size=_window(op, causal, window_size, sees_all=False),
+        window_size=_window(op, causal, window_size, sees_all=is_single),
         softcap=_softcap(op, softcap),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
     return cast(Tensor, out)[0]
+
+
+def _check_tensors(
+    op: str, q: Tensor, k: Tensor, v: Tensor, leading: tuple[str, ...], keys: str
+) -> None:
+    """Check shapes under the names they have here; :func:`causal_attention` checks the rest."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(op, name, x)
+    check_shape(op, "q", q, (*leading, "H", "D"))
+    *batch, _, heads, head_dim = q.shape
+    check_shape(op, "k", k, (*batch, keys, "G", head_dim), "to match q")
+    check_shape(op, "v", v, (*k.shape[:-1], "Dv"), "to match k")
+    kv_heads = k.shape[-2]
+    divides = kv_heads > 0 and heads > 0 and heads % kv_heads == 0
+    requirement = "have a number of heads that divides q's"
+    check_that(op, "k", divides, requirement, f"{kv_heads} for {heads}")
 
 
 def _refuse_options(
@@ -173,5 +193,6 @@ def _window(op: str, causal: bool, window_size: tuple[int, int], *, sees_all: bo
 
 
 def _softcap(op: str, softcap: float) -> float | None:
+    check_real(op, "softcap", softcap)
     check_that(op, "softcap", softcap >= 0, "be 0 or positive", softcap)
     return softcap or None

@@ -41,9 +41,12 @@ def scaled_dot_product_attention(
     broadcast, tensor subclasses, ``torch.func`` transforms, other devices, what torch refuses.
     ``fastlm.explain("scaled_dot_product_attention", ...)`` says where a call goes and why.
 
-    What goes to ours differs from torch's in three things: a gradient of its gradient raises,
-    :func:`torch.nn.attention.sdpa_kernel` is not asked, and ``out`` is laid out in memory as
-    ``(..., T, H, Dv)`` whatever the layout of query.
+    What goes to ours differs from torch's in this: a gradient of its gradient raises;
+    :func:`torch.nn.attention.sdpa_kernel` is not asked; ``out`` is laid out in memory as
+    ``(..., T, H, Dv)`` whatever the layout of query; the backward needs ``out`` as it was and it is
+    a view, so that where a gradient is needed changing it in place raises, then or in the backward,
+    which torch's allows on some of its kernels; and
+    :class:`torch.utils.flop_counter.FlopCounterMode` counts nothing.
 
     Args:
         query: ``(..., H, T, D)`` or ``(T, D)``.
