@@ -152,6 +152,9 @@ def test_double_backward_raises(device, backend):
     leaves = [x.requires_grad_() for x in attention_inputs(1, 5, 5, 1, 1, 8, device=device)]
     out = fastlm.causal_attention(*leaves, backend=backend)
     (dquery,) = torch.autograd.grad(out.sum(), leaves[:1], create_graph=True)
+    for leaf in leaves:
+        with pytest.raises(RuntimeError, match="gradient of a gradient is not implemented"):
+            torch.autograd.grad(dquery.sum(), leaf)
     with pytest.raises(RuntimeError, match="gradient of a gradient is not implemented"):
         dquery.sum().backward()
 

@@ -262,6 +262,8 @@ def test_double_backward_raises(backend, device):
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     assert torch.equal(gradient, torch.autograd.grad(loss, leaf, retain_graph=True)[0])
     with pytest.raises(RuntimeError, match="the gradient of a gradient is not implemented"):
+        torch.autograd.grad(loss + gradient.square().sum(), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="the gradient of a gradient is not implemented"):
         (loss.detach() + gradient.square().sum()).backward()
 
 

@@ -96,6 +96,9 @@ def test_differentiating_twice_raises(reduction, backend, device):
     leaves = [t.requires_grad_() for t in tensors]
     loss = ours(*leaves, targets, reduction=reduction, backend=backend).sum()
     gradient = torch.autograd.grad(loss, leaves, create_graph=True)[0]
+    for leaf in leaves:
+        with pytest.raises(RuntimeError, match="gradient of a gradient"):
+            torch.autograd.grad(gradient.sum(), leaf)
     with pytest.raises(RuntimeError, match="gradient of a gradient"):
         gradient.sum().backward()
 

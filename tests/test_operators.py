@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from support.interpreter import interpreted_only
 from torch import Tensor
+from torch.autograd import functional
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -203,6 +205,58 @@ def test_checkpoints_give_the_same_gradients(op, reentrant, device):
         assert results[0]
         for plain, checkpointed in zip(*results, strict=True):
             assert torch.equal(plain, checkpointed)
+
+
+def _total(op: str, **options: object) -> Callable[..., Tensor]:
+    """Summed, so that the incoming gradients need none and lead to no input."""
+
+    def total(*args: Tensor, **more: Tensor) -> Tensor:
+        out = OPS[op](*args, **options, **more)
+        return sum(x.sum() for x in (out if isinstance(out, tuple) else (out,)))
+
+    return total
+
+
+TWICE = {op: _total(op) for op in OPS if op not in WITHOUT_GRADIENT} | {
+    "linear_cross_entropy of positions": _total("linear_cross_entropy", reduction="none"),
+    "linear_cross_entropy beside statistics": lambda *args: fastlm.linear_cross_entropy(
+        *args, return_stats=True
+    )[0],
+    "linear_cross_entropy of statistics": lambda *args: fastlm.linear_cross_entropy(
+        *args, return_stats=True
+    )[1].entropy.sum(),
+    "rms_norm of a sum": lambda x, weight: _total("rms_norm")(x.detach(), weight, residual=x),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_every_way_to_differentiate_twice_raises(name, device):
+    op = name.split()[0]
+    inputs, constants = example(op, device)
+    scalable = sum(x.is_floating_point() for x in inputs)
+
+    def scaled(scale: Tensor) -> Tensor:
+        """As a function of one number, so that no input is a leaf."""
+        args = *(scale * x for x in inputs[:scalable]), *inputs[scalable:]
+        return functools.partial(TWICE[name], **constants)(*args)
+
+    scale = torch.ones((), device=device)
+    raises = functools.partial(pytest.raises, RuntimeError, match="gradient of a gradient is not")
+    for first in (scaled, lambda x: checkpoint(scaled, x, use_reentrant=False)):
+        leaf = scale.clone().requires_grad_()
+        hidden = leaf * 1
+        loss = first(hidden)
+        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        (plain,) = torch.autograd.grad(scaled(leaf), leaf)
+        assert torch.equal(gradient, plain)
+        for x in (hidden, leaf):
+            with raises():
+                torch.autograd.grad(loss + gradient.square(), x, retain_graph=True)
+        with raises():
+            (loss.detach() + gradient.square()).backward()
+    for second in (functional.hessian, functional.hvp, functional.vhp, functional.jvp):
+        with raises():
+            second(scaled, scale, *() if second is functional.hessian else (scale,))
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])

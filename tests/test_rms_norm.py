@@ -231,6 +231,9 @@ def test_double_backward_raises(device):
     x, weight, _ = (t.requires_grad_() for t in inputs((3, 4), device=device))
     loss = fastlm.rms_norm(x, weight).square().sum()
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    for leaf in (x, weight):
+        with pytest.raises(RuntimeError, match="gradient of a gradient is not implemented"):
+            torch.autograd.grad(grad.sum(), leaf)
     with pytest.raises(RuntimeError, match="gradient of a gradient is not implemented"):
         grad.sum().backward()
 

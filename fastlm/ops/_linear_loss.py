@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops._autograd import once_differentiable
+from fastlm.ops._autograd import once_differentiable, tie
 from fastlm.ops._define import define_op
 from fastlm.ops._linear import cast_to
 from fastlm.ops.cross_entropy import over
@@ -71,8 +71,9 @@ class Reduced(torch.autograd.Function):
             *cast_to(dtype, *params), target, weight, z_weight, *options, need_stats,
             *ctx.needs_input_grad[:3], group, num_classes, backend,
         )  # fmt: skip
+        tied = None if need_stats else tie(losses)
         again = (*params, target, weight, lse, entropy) if need_stats else ()
-        ctx.save_for_backward(*gradients, divisor, squares_divisor, *again)
+        ctx.save_for_backward(*gradients, divisor, squares_divisor, tied, *again)
         ctx.options, ctx.z_loss, ctx.dtype, ctx.backend = options, z_loss, dtype, backend
         ctx.shard = (group, num_classes)
         ctx.dtypes = [None if x is None else x.dtype for x in params]
@@ -83,9 +84,9 @@ class Reduced(torch.autograd.Function):
             total = total + z_loss * over(lse.square().sum(), squares_divisor)
         if not need_stats:
             # a compiler would hand gradients of zeros to what nobody asked for
-            return total, None, None, None, None
+            return total, None, None, None, None, tied
         ctx.mark_non_differentiable(predictions)
-        return total, lse, logprobs, entropy, predictions
+        return total, lse, logprobs, entropy, predictions, None
 
     @staticmethod
     @once_differentiable
@@ -96,8 +97,9 @@ class Reduced(torch.autograd.Function):
         dlogprobs: Tensor | None,
         dentropy: Tensor | None,
         dpredictions: None,
+        dtied: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        dinput, dweight, dbias, divisor, squares_divisor, *again = ctx.saved_tensors
+        dinput, dweight, dbias, divisor, squares_divisor, _, *again = ctx.saved_tensors
         count = divisor if squares_divisor is None else squares_divisor
         if divisor is not None and count is not None:
             divisor, squares_divisor = _safe(divisor, count), _safe(count, count)

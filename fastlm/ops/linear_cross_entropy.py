@@ -176,7 +176,7 @@ def linear_cross_entropy(
         if squares_divisor is divisor:
             squares_divisor = None  # the compiler takes no tensor twice
         divisors = (divisor, squares_divisor)
-        loss, lse, *stats = Reduced.apply(
+        loss, lse, *stats, _ = Reduced.apply(
             *params, target, weight, *options, z_loss, *divisors, group, vocab_size, dtype, backend
         )
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops._autograd import once_differentiable
+from fastlm.ops._autograd import once_differentiable, tie
 from fastlm.ops._checks import (
     check_dtype,
     check_same_device,
@@ -78,7 +78,7 @@ def apply_rotary(
     constant = not (cos.requires_grad or sin.requires_grad)
     check_that("apply_rotary", "cos and sin", constant, "be constants", "one that requires grad")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-        return _ApplyRotary.apply(query, key, cos, sin, interleaved, backend)
+        return _ApplyRotary.apply(query, key, cos, sin, interleaved, backend)[:2]
     return _forward(query, key, cos, sin, interleaved, backend)
 
 
@@ -92,15 +92,19 @@ class _ApplyRotary(torch.autograd.Function):
         sin: Tensor,
         interleaved: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tied = tie(cos)
+        ctx.save_for_backward(cos, sin, tied)
         ctx.interleaved, ctx.backend = interleaved, backend
-        return _forward(query, key, cos, sin, interleaved, backend)
+        return *_forward(query, key, cos, sin, interleaved, backend), tied
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dquery: Tensor, dkey: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _backward(dquery, dkey, *ctx.saved_tensors, ctx.interleaved, ctx.backend)
+    def backward(
+        ctx: Any, dquery: Tensor, dkey: Tensor, dtied: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        cos, sin, _ = ctx.saved_tensors
+        grads = _backward(dquery, dkey, cos, sin, ctx.interleaved, ctx.backend)
         return *grads, None, None, None, None
 
 
