@@ -1,7 +1,8 @@
-"""What every test shares: device, an interpreter that rounds, poisoned memory, counted skips."""
+"""What tests share: a device, an honest interpreter, poisoned memory, processes, counted skips."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ if not ON_GPU:
 
 from support import interpreter  # noqa: E402
 from support.poison import poisoned  # noqa: E402
+from support.ranks import Ranks  # noqa: E402
 
 # More skipped tests than this fail a run on CPU: a test that silently stops running is no test.
 MOST_SKIPS = 0
@@ -45,6 +47,25 @@ def _empty_memory_is_poisoned(_bfloat16_rounds: None) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_random_numbers_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    """Processes in one group, as the next two; started when the first of a module's tests asks."""
+    with contextlib.closing(Ranks(2)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    with contextlib.closing(Ranks(3)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with contextlib.closing(Ranks(4)) as ranks:
+        yield ranks
 
 
 def _skips(terminal: Any) -> Counter[str]:

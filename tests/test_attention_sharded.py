@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,20 +31,6 @@ PADDED = {"key_start": torch.tensor([0, 3, 1]), "key_end": torch.tensor([9, 7, 2
 PACKED = {"cu_seqlens_q": torch.tensor([0, 4, 8])}
 SINKS = {"sinks": torch.tensor([0.7, -1.2, 0.1, 0.4], dtype=torch.float64)}
 MORE = {**SINKS, "window_size": 3, "softcap": 2.0}
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 def attend(leaves: list[Tensor], grads: list[Tensor], **options: Any) -> list[Tensor]:

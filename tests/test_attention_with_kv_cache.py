@@ -10,7 +10,15 @@ import pytest
 import torch
 from support.attention import DTYPES
 from support.host_sync import no_host_sync
-from support.kv_cache import call, judge, judge_pooled, same, small_splits
+from support.kv_cache import (
+    assert_equal,
+    call,
+    judge,
+    judge_pooled,
+    placed,
+    same,
+    small_splits,
+)
 
 import fastlm
 from fastlm.kernels._launch import recorded
@@ -48,15 +56,6 @@ def _small_splits(request):
     else:
         with small_splits():
             yield
-
-
-def placed(options, device):
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
-
-
-def assert_equal(actual, expected):
-    for got, want in zip(actual, expected, strict=True):
-        assert same(got, want).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,7 +8,13 @@ import pytest
 import torch
 from support.host_sync import no_host_sync
 from support.interpreter import interpreted_only, permuted_grid
-from support.kv_cache import call, same, small_splits
+from support.kv_cache import (
+    assert_equal,
+    call,
+    placed,
+    same,
+    small_splits,
+)
 from support.layouts import layouts
 from support.memory import guarded, in_child, sparse
 from support.poison import poisoned
@@ -27,15 +33,6 @@ LENGTHS = (37, 0, 63)
 def _small_splits():
     with small_splits():
         yield
-
-
-def placed(options, device):
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
-
-
-def assert_equal(actual, expected):
-    for got, want in zip(actual, expected, strict=True):
-        assert same(got, want).all()
 
 
 @interpreted_only

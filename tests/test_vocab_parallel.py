@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from support.host_sync import no_host_sync
 from support.interpreter import interpreted_only
 from support.linear_cross_entropy import NO_OPTIONS, NothingLarge, forced, inputs
 from support.losses import OPTIONS, flattened
-from support.ranks import Ranks
 from support.vocab_parallel import by_group, judge, part, whole_dtensor
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
@@ -32,20 +30,6 @@ BACKENDS = [
     "reference",
     pytest.param("triton", marks=interpreted_only),
 ]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
 
 
 # everything at once, but for the reduction

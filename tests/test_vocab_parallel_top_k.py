@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,20 +23,6 @@ from fastlm.ops import _shards
 TRITON = pytest.param("triton", marks=interpreted_only)
 BACKENDS = ["torch", "reference", TRITON]
 FAST = ["torch", TRITON]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
 
 
 def by_group(x: Tensor, matrix: Tensor, k: int, bias: Tensor | None = None, **options: Any) -> Any:

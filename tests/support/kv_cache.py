@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -199,3 +199,13 @@ def _check_written(name: str, got: Tensor, want: Tensor, before: Tensor) -> None
 def same(a: Tensor, b: Tensor) -> Tensor:
     """Element by element, NaN being equal to NaN."""
     return (a == b) | (a.isnan() & b.isnan())
+
+
+def assert_equal(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    for got, want in zip(actual, expected, strict=True):
+        assert same(got, want).all()
+
+
+def placed(options: dict[str, Any], device: str) -> dict[str, Any]:
+    """``options`` with their tensors on ``device``."""
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
