@@ -33,7 +33,7 @@ RAGGED_FEW: Rows = ((64, Plan(16, 64, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, P
 RAGGED_MANY: Rows = ((64, Plan(64, 32, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
 # without tensor cores; float64 is for tests
 WIDE_FEW: Rows = ((64, Plan(16, 32, 4, 1)), (256, Plan(16, 16, 4, 1)))
-WIDE_MANY: Rows = ((64, Plan(32, 32, 8, 1)), (128, Plan(32, 16, 8, 1)), (256, Plan(16, 16, 8, 1)))
+WIDE_MANY: Rows = ((64, Plan(32, 32, 8, 1)), (128, Plan(32, 16, 8, 1)), (256, Plan(16, 16, 4, 1)))
 FLOAT64: Rows = ((256, Plan(16, 16, 8, 1)),)
 
 APPEND = Plan(16, 0, 8, 1)

@@ -249,7 +249,7 @@ MOST_STACK = {
     "attention_with_kv_cache": 0,
     "cross_entropy": 0,
     "linear_cross_entropy": 64,
-    "linear_top_k": 0,
+    "linear_top_k": 8,
 }
 
 
@@ -278,7 +278,12 @@ def is_tf32(binary: dict[str, Any]) -> bool:
 
 
 def has_small_tiles(binary: dict[str, Any]) -> bool:
-    """Whether some rows of these head_dims are too small for the units of sm_90 and sm_100."""
+    """Whether some rows of these head_dims are too small for the units of sm_90 and sm_100.
+
+    So are those of a few queries over a cache.
+    """
+    if binary["op"] == "attention_with_kv_cache" and binary["constants"].get("BLOCK_M") == "16":
+        return True
     sizes = [int(binary["constants"].get(name, "0")) for name in ("HEAD_DIM", "VALUE_DIM")]
     if is_tf32(binary):
         largest = 64 if binary["kernel"] == "dkdv_kernel" else 128
