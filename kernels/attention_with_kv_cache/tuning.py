@@ -32,8 +32,7 @@ MANY: Rows = ((64, Plan(64, 64, 4, 2)), (128, Plan(64, 64, 4, 1)), (256, Plan(64
 RAGGED_FEW: Rows = ((64, Plan(16, 64, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
 RAGGED_MANY: Rows = ((64, Plan(64, 32, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
 # without tensor cores; float64 is for tests
-WIDE_FEW: Rows = ((64, Plan(16, 32, 4, 1)), (256, Plan(16, 16, 4, 1)))
-WIDE_MANY: Rows = ((64, Plan(32, 32, 8, 1)), (128, Plan(32, 16, 8, 1)), (256, Plan(16, 16, 4, 1)))
+WIDE: Rows = ((256, Plan(16, 16, 4, 1)),)
 FLOAT64: Rows = ((256, Plan(16, 16, 8, 1)),)
 
 APPEND = Plan(16, 0, 8, 1)
@@ -54,7 +53,7 @@ def plan(pairs: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> Plan:
     if dtype == torch.float64:
         rows = FLOAT64
     elif dtype == torch.float32:
-        rows = WIDE_FEW if few else WIDE_MANY
+        rows = WIDE
     elif is_ragged:
         rows = RAGGED_FEW if few else RAGGED_MANY
     else:
