@@ -93,15 +93,16 @@ class CausalSelfAttention(nn.Module):
         self,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
-        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """``(B, T, C)`` to the same shape.
 
         Args:
             hidden: Input.
             rotary: cos and sin of the T positions, each ``(T, D/2)`` or ``(B, T, D/2)``.
-            extend: Given the keys and values of these tokens, ``(B, T, G, D)``, stores them and
-                returns those of all tokens so far, ``(B, S, G, D)``: a cache.
+            attend: Takes query, key and value of these tokens, not yet rotated, ``(B, T, H, D)``
+                and ``(B, T, G, D)``, stores the last two and returns the queries' attention over
+                all tokens so far: a cache.
         """
         batch, length, _ = hidden.shape
         query = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
@@ -109,11 +110,12 @@ class CausalSelfAttention(nn.Module):
         value = self.v_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        if rotary is not None:
-            query, key = apply_rotary(query, key, *rotary)
-        if extend is not None:
-            key, value = extend(key, value)
-        out = cast(Tensor, causal_attention(query, key, value))
+        if attend is not None:
+            out = attend(query, key, value)
+        else:
+            if rotary is not None:
+                query, key = apply_rotary(query, key, *rotary)
+            out = cast(Tensor, causal_attention(query, key, value))
         return self.o_proj(out.flatten(2))
 
 

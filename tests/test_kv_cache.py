@@ -9,6 +9,7 @@ import torch
 from support.models import tiny_model
 from support.poison import poisoned
 
+from fastlm.model.prefill import prefill
 from fastlm.testing import assert_as_accurate
 
 VARIANTS = [{"model_type": "qwen3"}, {"model_type": "llama", "num_key_value_heads": 1}]
@@ -69,11 +70,78 @@ def test_a_cache_beyond_the_context_is_refused(max_length):
         tiny_model().new_cache(1, max_length)
 
 
+@pytest.mark.parametrize("lengths", [(1, 7, 3), (5, 5, 5), (20, 1, 20)])
 @torch.inference_mode()
-def test_extending_allocates_nothing_of_the_caches_size(device):
+def test_sequences_of_any_lengths_give_the_logits_they_give_alone(lengths, device):
+    model = tiny_model(num_key_value_heads=1).to(device)
+    prompts = [torch.randint(320, (length,)).tolist() for length in lengths]
+    more = torch.randint(320, (3, 4), device=device)
+    with poisoned():
+        cache = model.new_cache(3, 30)
+    first = prefill(model, prompts, cache)
+    assert cache.lengths == list(lengths) == cache.seqlens.tolist()
+    parts = [first[:, None], *(model(ids, cache=cache).logits for ids in more.split((1, 3), 1))]
+    got = torch.cat(parts, 1)
+    double = copy.deepcopy(model).double()
+    for row, prompt in enumerate(prompts):
+        ids = torch.cat((torch.tensor([prompt], device=device), more[row : row + 1]), 1)
+        plain, truth = (m(ids, logits_to_keep=5).logits for m in (model, double))
+        assert_as_accurate("logits", got[row : row + 1], plain=plain, truth=truth)
+
+
+@torch.inference_mode()
+def test_sequences_leave_and_the_others_keep_their_tokens(device):
     model = tiny_model().to(device)
+    prompts = [torch.randint(320, (length,)).tolist() for length in (4, 9, 2, 6)]
+    cache = model.new_cache(4, 16)
+    prefill(model, prompts, cache)
+    keys = cache.keys.clone()
+    cache.keep([0, 3])
+    assert cache.lengths == [4, 6] == cache.seqlens.tolist() and cache.batch == 2
+    assert torch.equal(cache.keys[:, 1, :6], keys[:, 3, :6])
+    ids = torch.randint(320, (2, 1), device=device)
+    want = model(torch.tensor([[*prompts[3], int(ids[1])]], device=device)).logits[0, -1]
+    torch.testing.assert_close(model(ids, cache=cache).logits[1, -1], want)
+    for rows in ([0, 0], [2], [-1]):
+        with pytest.raises(ValueError, match="rows must be different ones below 2"):
+            cache.keep(rows)
+
+
+@torch.inference_mode()
+def test_prompts_that_do_not_fit_are_refused_before_anything_is_written(device):
+    model = tiny_model().to(device)
+    cache = model.new_cache(2, 8)
+    cache.keys.zero_()
+    with pytest.raises(ValueError, match="input must fit in the 8 of 8 tokens .*, got 9"):
+        prefill(model, [[1] * 3, [1] * 9], cache)
+    with pytest.raises(ValueError, match="prompts must have at least one token each"):
+        prefill(model, [[1], []], cache)
+    assert cache.lengths == [0, 0] and not cache.keys.any()
+    prefill(model, [[1], [1, 2]], cache)
+    with pytest.raises(ValueError, match=r"cache must be empty, got lengths \[1, 2\]"):
+        prefill(model, [[1], [1, 2]], cache)
+    for lengths in ([1], [1, 9], [-1, 1]):
+        with pytest.raises(ValueError, match="lengths must be 2 numbers from 0 to 8"):
+            cache.set_lengths(lengths)
+
+
+def test_nothing_is_recorded_for_a_gradient(device):
+    model = tiny_model().to(device)
+    ids = torch.randint(320, (1, 5), device=device)
+    cache = model.new_cache(1, 8)
+    hidden = model.model(ids, cache=None)
+    assert hidden.requires_grad
+    model(ids, cache=cache)
+    assert not cache.keys.requires_grad
+
+
+@torch.inference_mode()
+def test_attending_allocates_nothing_of_the_caches_size(device):
+    model = tiny_model(num_hidden_layers=1).to(device)
     cache = model.new_cache(1, 64)
-    keys, values = cache.extend(1, *torch.randn(2, 1, 3, 2, 16, device=device))
-    assert keys.data_ptr() == cache.keys[1].data_ptr()
-    assert values.data_ptr() == cache.values[1].data_ptr()
-    assert cache.length == 0
+    ids = torch.randint(320, (1, 1), device=device)
+    model(ids, cache=cache)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        model(ids, cache=cache)
+    allocated = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < allocated < cache.keys.nbytes

@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from fastlm._errors import ArgumentError, check_text
+from fastlm.inference.completion import Completion, Reader, Score, StreamItem
 from fastlm.inference.next_token import NextToken
-from fastlm.inference.text import StopStrings, TextStream
 from fastlm.model.checkpoint import ModelFileError
-from fastlm.model.generate import check_prompt, decode, new_tokens
+from fastlm.model.generate import Generation, Request, check_prompt, new_tokens
 from fastlm.model.hub import model_folder
-from fastlm.model.sampling import Sampling, new_generator
+from fastlm.model.sampling import Sampling
 from fastlm.model.transformer import CausalLM
+from fastlm.ops.linear_logprobs import linear_logprobs
 
 TOKENIZER = "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class StreamItem:
-    """One generated token.
-
-    Attributes:
-        text: Text that became certain with it: empty while a character or a stop string may be
-            incomplete.  The texts of all items join to what ``generate`` returns.
-        id: The token.
-        logprob: Its natural log probability under the model, before temperature and filters.
-        finish: Why it is the last, or None: ``"eos"``, ``"stop"`` (a stop string), ``"length"``
-            (``max_new_tokens``) or ``"context"`` (the context is full).
-    """
-
-    text: str
-    id: int
-    logprob: float
-    finish: str | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely a model finds a continuation.
-
-    Attributes:
-        ids: Tokens of the continuation.
-        logprobs: Natural log probability of each, given what is before it.
-    """
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-    @property
-    def logprob(self) -> float:
-        """Of the whole continuation."""
-        return sum(self.logprobs)
 
 
 class LanguageModel:
@@ -93,8 +56,12 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] = (),
+        prompt_lookup_num_tokens: int = 0,
     ) -> str:
         """Continue ``prompt``; return the continuation alone.
 
@@ -109,8 +76,14 @@ class LanguageModel:
             top_p: Then from the most likely that together reach this probability.
             min_p: Then from those at least this fraction as likely as the most likely.  Any of
                 these three without a temperature means temperature 1.
+            repetition_penalty: Above 1 makes tokens of prompt and continuation less likely.
+            logit_bias: Token id to what is added to its logit; ``-inf`` bans it.
             seed: Equal seeds give equal text.  The global random generators are not used.
             stop: A string, or strings, to end before.
+            stop_token_ids: Tokens that end the text, besides those of the model's config.
+            prompt_lookup_num_tokens: Guess up to this many tokens ahead where the text repeats
+                itself, and verify them in one pass: faster there, and the same text but for
+                rounding.
 
         Raises:
             ArgumentError: One is out of range, or the prompt empty or longer than the context; a
@@ -124,8 +97,12 @@ class LanguageModel:
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            logit_bias=logit_bias,
             seed=seed,
             stop=stop,
+            stop_token_ids=stop_token_ids,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
         return "".join(item.text for item in items)
 
@@ -138,43 +115,139 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] = (),
+        top_logprobs: int = 0,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Iterator[StreamItem]:
         """Continue ``prompt`` token by token; arguments and errors as in :meth:`generate`.
 
-        Arguments are checked here, before the first item is asked for.
+        Arguments are checked here, before the first item is asked for.  ``top_logprobs`` is how
+        many of the most likely tokens each item tells of.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        stops = StopStrings(stop)
-        prompt_ids = self._prompt_ids(prompt)
-        count = new_tokens(self.model, len(prompt_ids), max_new_tokens)
-        limit = "length" if count == max_new_tokens else "context"
-        ids = self._tensor(prompt_ids)
-        steps = decode(self.model, ids, count, sampling, new_generator(seed, ids.device))
-        return self._stream(prompt_ids, count, limit, steps, stops)
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, logit_bias=logit_bias,
+        )  # fmt: skip
+        _check_count("top_logprobs", top_logprobs)
+        _check_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
+        request, reader = self._request(
+            prompt, max_new_tokens, sampling, seed, stop, stop_token_ids
+        )
+        generation = Generation(
+            self.model, [request], num_top=top_logprobs, num_guesses=prompt_lookup_num_tokens
+        )
+        return self._stream(generation, reader)
 
-    def _stream(
+    def _stream(self, generation: Generation, reader: Reader) -> Iterator[StreamItem]:
+        while not generation.is_done:
+            for drawn in generation.step():
+                item = reader.read(drawn)
+                yield item
+                if item.finish:
+                    return
+
+    def generate_batch(
         self,
-        prompt_ids: list[int],
-        count: int,
-        limit: str,
-        steps: Iterator[tuple[torch.Tensor, torch.Tensor]],
-        stops: StopStrings,
-    ) -> Iterator[StreamItem]:
-        texts = TextStream(self.tokenizer, prompt_ids)
-        for number, (tokens, logits) in enumerate(steps, start=1):
-            token = int(tokens.item())
-            logprob = logits[0].float().log_softmax(dim=-1)[token].item()
-            ended = token in self.model.config.eos_token_ids
-            text = stops.add("" if ended else texts.add(token))
-            if ended or number == count:
-                text += stops.add(texts.finish()) + stops.finish()
-            finish = "stop" if stops.found else limit if number == count else None
-            finish = "eos" if ended else finish
-            yield StreamItem(text, token, logprob, finish)
-            if finish:
-                return
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        *,
+        num_return_sequences: int = 1,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] = (),
+        top_logprobs: int = 0,
+        prompt_lookup_num_tokens: int = 0,
+    ) -> list[Completion]:
+        """Continue several prompts of any lengths together.
+
+        Each pass over the weights gives a token of every prompt, and those that have ended leave.
+
+        Args:
+            prompts: Texts; arguments that are not here are as in :meth:`generate`.
+            max_new_tokens: At most this many tokens of each.
+            num_return_sequences: How many continuations of each prompt, which is read once.
+            temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, stop, stop_token_ids,
+                prompt_lookup_num_tokens: Of all.
+            seed: Of all prompts, or one for each.  Continuation j of a prompt is what
+                :meth:`generate` gives for ``seed + j``, but for rounding.
+            top_logprobs: How many of the most likely tokens each item tells of.
+
+        Returns:
+            ``num_return_sequences`` completions of the first prompt, then those of the second, ...
+
+        Raises:
+            ArgumentError: One is out of range, or a prompt empty or longer than the context; a
+                ValueError.
+            FloatingPointError: The model's logits are not finite.
+        """
+        if isinstance(prompts, str):
+            raise ArgumentError(f"generate_batch: prompts must be several texts, got {prompts!r}")
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, logit_bias=logit_bias,
+        )  # fmt: skip
+        _check_count("top_logprobs", top_logprobs)
+        _check_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
+        _check_count("num_return_sequences", num_return_sequences, least=1)
+        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ArgumentError(
+                f"generate_batch: seed must be one for each of {len(prompts)} prompts, "
+                f"got {len(seeds)}"
+            )
+        asked = [
+            self._request(
+                prompt, max_new_tokens, sampling, None if first is None else first + number,
+                stop, stop_token_ids,
+            )
+            for prompt, first in zip(prompts, seeds, strict=True)
+            for number in range(num_return_sequences)
+        ]  # fmt: skip
+        generation = Generation(
+            self.model,
+            [request for request, _ in asked],
+            num_top=top_logprobs,
+            num_guesses=prompt_lookup_num_tokens,
+        )
+        stopped = set[int]()
+        while not generation.is_done:
+            for drawn in generation.step():
+                # tokens after a stop string, guessed and verified in the same step, are not wanted
+                if drawn.request not in stopped and asked[drawn.request][1].read(drawn).finish:
+                    stopped.add(drawn.request)
+                    generation.end(drawn.request)
+        return [reader.completion for _, reader in asked]
+
+    def _request(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None,
+        stop: str | Sequence[str] | None,
+        stop_token_ids: Sequence[int],
+    ) -> tuple[Request, Reader]:
+        ids = self._prompt_ids(prompt)
+        count = new_tokens(self.model, len(ids), max_new_tokens)
+        request = Request(
+            prompt=tuple(ids),
+            max_new_tokens=count,
+            sampling=sampling,
+            seed=seed,
+            end_ids=(*self.model.config.eos_token_ids, *stop_token_ids),
+        )
+        limit = "length" if count == max_new_tokens else "context"
+        return request, Reader(self.tokenizer, request, stop, limit)
 
     @torch.inference_mode()
     def next_token(self, prompt: str, top_k: int = 10, temperature: float = 1.0) -> NextToken:
@@ -220,9 +293,9 @@ class LanguageModel:
                 f"score: prompt and continuation must fit in the context of {context} tokens, "
                 f"got {len(ids)}"
             )
-        logits = self.model(self._tensor(ids[:-1]), logits_to_keep=count).logits[0]
-        targets = torch.tensor(ids[-count:], device=logits.device)
-        logprobs = logits.float().log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
+        inputs = self._tensor(ids)
+        hidden = self.model.model(inputs[:, :-1])[0, -count:]
+        logprobs = linear_logprobs(hidden, self.model.lm_head.weight, inputs[0, -count:])
         return Score(tuple(ids[-count:]), tuple(logprobs.tolist()))
 
     def _prompt_ids(self, prompt: str) -> list[int]:
@@ -233,6 +306,13 @@ class LanguageModel:
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], device=self.model.lm_head.weight.device)
+
+
+def _check_count(name: str, value: int, least: int = 0) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ArgumentError(
+            f"generate: {name} must be a whole number of at least {least}, got {value!r}"
+        )
 
 
 def load(

@@ -1,71 +1,276 @@
-"""The decoding loop: one pass over the prompt, then one token at a time over a cache."""
+"""The decoding loop: one pass over the prompts, then a token of every sequence at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastlm._errors import ArgumentError
-from fastlm.model.sampling import Sampling
+from fastlm.model.decode_step import DecodeStep
+from fastlm.model.kv_cache import KVCache
+from fastlm.model.lookup import PromptLookup
+from fastlm.model.prefill import prefill
+from fastlm.model.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
 
 
-def generate(
-    model: CausalLM,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-    eos_token_ids: tuple[int, ...],
-    pad_token_id: int,
-) -> Tensor:
-    """``(B, T)`` to ``(B, T + new)``; rows that have ended are filled up with ``pad_token_id``."""
-    ids = [input_ids]
-    ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    eos = torch.tensor(eos_token_ids, dtype=input_ids.dtype, device=input_ids.device)
-    for tokens, _ in decode(model, input_ids, max_new_tokens, sampling, generator):
-        tokens = tokens.masked_fill(ended, pad_token_id)
-        ids.append(tokens[:, None])
-        if eos_token_ids:
-            ended |= torch.isin(tokens, eos)
-            if ended.all():
-                break
-    return torch.cat(ids, dim=1)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, and how to continue it.
+
+    Attributes:
+        prompt: Token ids, one or more.
+        max_new_tokens: At most this many more, which must fit in the model's context.
+        sampling: How tokens are drawn.
+        seed: Equal seeds give equal tokens; None for a seed from the operating system.
+        end_ids: Tokens after which there are no more.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int | None = None
+    end_ids: tuple[int, ...] = ()
 
 
-@torch.inference_mode()
-def decode(
-    model: CausalLM,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the next tokens ``(B,)`` and the logits ``(B, V)`` they were drawn from.
+@dataclass(frozen=True)
+class Drawn:
+    """A token of a request.
 
-    Ends after ``max_new_tokens``, or when prompt and continuation fill the context.
+    Attributes:
+        request: Number of the request.
+        token: The token.
+        logprob: Its natural log probability under the model, before temperature and filters.
+        top: The most likely tokens there, with theirs, as many as were asked for.
+        is_last: No more will come: it ends the text, or the request has all it asked for.
+    """
+
+    request: int
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    is_last: bool
+
+
+class Generation:
+    """Requests that are decoded together.
+
+    A request that has ended leaves the batch.  Its tokens do not depend on those it was decoded
+    with, but for the rounding of matrix products, which may differ with the number of rows.
+
+    Args:
+        model: Predicts.
+        requests: Prompts that are equal are read once.
+        num_top: How many of the most likely tokens to tell of at each place; None to tell of no
+            log-probabilities at all.
+        num_guesses: Guess up to this many tokens ahead by prompt lookup and verify them in one
+            pass.  The tokens that are drawn are the same, but for rounding.
 
     Raises:
-        ArgumentError: As :func:`new_tokens`.
-        FloatingPointError: The model's logits are not finite.
+        ArgumentError: A seed or a logit bias is impossible; a ValueError.
     """
-    batch, length = input_ids.shape
-    count = new_tokens(model, length, max_new_tokens)
-    if count == 0:
-        return
-    # the last token is never fed back
-    cache = model.new_cache(batch, length + count - 1)
-    logits = model(input_ids, cache=cache, logits_to_keep=1).logits
-    for left in reversed(range(count)):
-        tokens = sampling.draw(logits[:, -1], generator).to(input_ids.dtype)
-        yield tokens, logits[:, -1]
-        if left:
-            logits = model(tokens[:, None], cache=cache).logits
+
+    def __init__(
+        self,
+        model: CausalLM,
+        requests: Sequence[Request],
+        *,
+        num_top: int | None = None,
+        num_guesses: int = 0,
+    ) -> None:
+        self._model, self._requests = model, list(requests)
+        self._num_top, self._num_guesses = num_top, num_guesses
+        self._counts = [0] * len(self._requests)
+        self._ended = {n for n, request in enumerate(requests) if request.max_new_tokens == 0}
+        # the request of each row of the batch
+        self._rows = [n for n in range(len(self._requests)) if n not in self._ended]
+        running = [self._requests[n] for n in self._rows]
+        self._sampler = Sampler(
+            [request.sampling for request in running],
+            [request.seed for request in running],
+            vocab_size=model.config.vocab_size,
+            max_draws=max((request.max_new_tokens for request in running), default=0),
+            device=model.lm_head.weight.device,
+        )
+        self._cache: KVCache | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every request has ended."""
+        return len(self._ended) == len(self._requests)
+
+    def end(self, request: int) -> None:
+        """Draw no more tokens of a request."""
+        self._ended.add(request)
+
+    @torch.inference_mode()
+    def step(self) -> list[Drawn]:
+        """The next token of every request that has not ended; several where guesses were right.
+
+        Raises:
+            FloatingPointError: The model's logits are not finite.
+        """
+        if self._cache is None:
+            self._start()
+        self._drop_ended()
+        if not self._rows:
+            return []
+        if self._logits is None:
+            self._logits = self._verified() if self._num_guesses else self._decoded()
+        tokens = self._sampled(self._logits)
+        told = self._told(self._logits, tokens)
+        self._logits = None
+        if not self._num_guesses:
+            self._tokens = tokens[:, 0]
+            self._steps += 1
+            if self._runs_ahead:
+                # before the host waits for what it is to tell
+                self._logits = self._decoded()
+        return self._accepted(told.tolist())
+
+    def _start(self) -> None:
+        """Read the prompts, each once."""
+        model, device = self._model, self._model.lm_head.weight.device
+        requests = [self._requests[n] for n in self._rows]
+        self._runs_ahead = device.type != "cpu" and not self._num_guesses
+        longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
+        # the last token is never fed back, unless the loop runs ahead
+        room = longest if self._runs_ahead else longest - 1
+        self._cache = model.new_cache(len(requests), min(room, model.config.max_position_embeddings))
+        prompts = list(dict.fromkeys(request.prompt for request in requests))
+        sources = [prompts.index(request.prompt) for request in requests]
+        first = self._cache.first(len(prompts))
+        self._logits: Tensor | None = prefill(model, prompts, first)[sources][:, None]
+        self._cache.spread(sources, first.lengths)
+        self._step = DecodeStep(model, self._cache)
+        self._tokens = torch.zeros(len(requests), dtype=torch.int64, device=device)
+        self._steps = torch.zeros_like(self._tokens)
+        self._starts = torch.tensor([len(request.prompt) for request in requests], device=device)
+        self._history: Tensor | None = None
+        if self._sampler.needs_history:
+            rows = [[*r.prompt, *[0] * (longest - len(r.prompt))] for r in requests]
+            self._history = torch.tensor(rows, device=device)
+        self._last = [0] * len(requests)
+        self._guesses: list[list[int]] = [[] for _ in requests]
+        self._lookups = [PromptLookup(r.prompt) for r in requests] if self._num_guesses else []
+
+    def _drop_ended(self) -> None:
+        """Let the rows of requests that have ended leave: the last ones take their places."""
+        kept = [row for row, n in enumerate(self._rows) if n not in self._ended]
+        if len(kept) == len(self._rows):
+            return
+        staying = set(kept[: sum(row < len(kept) for row in kept)])
+        movers = iter(kept[len(staying) :])
+        order = [row if row in staying else next(movers) for row in range(len(kept))]
+        self._rows = [self._rows[row] for row in order]
+        if not order:
+            return
+        self._cache.keep(order)
+        self._sampler = self._sampler.keep(order)
+        self._tokens, self._steps = self._tokens[order], self._steps[order]
+        self._starts = self._starts[order]
+        if self._history is not None:
+            self._history = self._history[order]
+        if self._logits is not None:
+            self._logits = self._logits[order]
+        self._guesses = [self._guesses[row] for row in order]
+        self._last = [self._last[row] for row in order]
+        if self._lookups:
+            self._lookups = [self._lookups[row] for row in order]
+
+    def _decoded(self) -> Tensor:
+        """Logits ``(B, 1, V)`` after the last tokens; where one is none, any."""
+        self._remember(self._tokens[:, None], self._starts + self._steps - 1)
+        return self._step(self._tokens.clamp(min=0))[:, None]
+
+    def _verified(self) -> Tensor:
+        """Logits ``(B, T, V)`` after the last tokens and after each guess that follows them."""
+        # every row has room for as many as the longest guess
+        most = min(self._num_guesses, self._cache.max_length - self._cache.length - 1)
+        for row, n in enumerate(self._rows):
+            left = self._requests[n].max_new_tokens - self._counts[n]
+            self._guesses[row] = self._lookups[row].guess(min(most, left - 1))
+        width = 1 + max(map(len, self._guesses))
+        rows = zip(self._last, self._guesses, strict=True)
+        # a short row is filled up with any tokens: what they draw is not looked at
+        ids = [[last, *row, *[0] * (width - 1 - len(row))] for last, row in rows]
+        inputs = torch.tensor(ids, device=self._tokens.device)
+        self._remember(inputs, self._starts + self._steps - 1)
+        if width == 1:
+            return self._step(inputs[:, 0])[:, None]
+        return self._model(inputs, cache=self._cache).logits
+
+    def _remember(self, ids: Tensor, start: Tensor) -> None:
+        """Write tokens ``(B, T)`` into the history, from ``start`` ``(B,)`` on."""
+        if self._history is not None:
+            places = start[:, None] + torch.arange(ids.shape[1], device=ids.device)
+            self._history.scatter_(1, places.clamp(max=self._history.shape[1] - 1), ids)
+
+    def _sampled(self, logits: Tensor) -> Tensor:
+        """Tokens ``(B, T)``; at each place those before it count as drawn."""
+        drawn = [
+            self._sampler.draw(
+                logits[:, at], self._steps + at, self._history, self._starts + self._steps + at
+            )
+            for at in range(logits.shape[1])
+        ]
+        return torch.stack(drawn, dim=1)
+
+    def _told(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """``(B, T, 1 + ...)`` for one transfer: token, its log-probability, the most likely."""
+        if self._num_top is None:
+            return tokens[..., None]
+        logprobs = logits.float().log_softmax(dim=-1)
+        columns = [tokens[..., None], logprobs.gather(-1, tokens[..., None].clamp(min=0))]
+        if self._num_top:
+            values, ids = logprobs.topk(min(self._num_top, logprobs.shape[-1]))
+            columns += [ids, values]
+        return torch.cat([column.double() for column in columns], dim=-1)
+
+    def _accepted(self, told: list[list[list[float]]]) -> list[Drawn]:
+        """What was drawn, up to the first place after a wrong guess, and with it the new state."""
+        out: list[Drawn] = []
+        lengths = list(self._cache.lengths)
+        width = len(told[0])
+        for row, n in enumerate(self._rows):
+            guesses, request = self._guesses[row], self._requests[n]
+            for at, (token, *rest) in enumerate(told[row]):
+                token = int(token)
+                if token < 0:
+                    raise FloatingPointError("generate: the model's logits are not finite")
+                self._counts[n] += 1
+                is_last = token in request.end_ids or self._counts[n] == request.max_new_tokens
+                out.append(_drawn(n, token, rest, is_last))
+                self._last[row] = token
+                if self._lookups:
+                    self._lookups[row].add(token)
+                if is_last:
+                    self._ended.add(n)
+                if is_last or at >= len(guesses) or guesses[at] != token:
+                    # what was stored of the guesses after this place is forgotten
+                    lengths[row] -= width - 1 - at
+                    break
+        if self._num_guesses:
+            self._cache.set_lengths(lengths)
+            counts = [self._counts[n] for n in self._rows]
+            self._steps = torch.tensor(counts, device=self._steps.device)
+        return out
+
+
+def _drawn(request: int, token: int, rest: Sequence[float], is_last: bool) -> Drawn:
+    if not rest:
+        return Drawn(request, token, math.nan, (), is_last)
+    logprob, *top = rest
+    count = len(top) // 2
+    pairs = zip(map(int, top[:count]), top[count:], strict=True)
+    return Drawn(request, token, logprob, tuple(pairs), is_last)
 
 
 def new_tokens(model: CausalLM, length: int, max_new_tokens: int) -> int:

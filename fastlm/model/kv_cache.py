@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor
+
+from fastlm.ops.attention import causal_attention
+from fastlm.ops.attention_with_kv_cache import attention_with_kv_cache
+from fastlm.ops.rotary import apply_rotary
+
+
+class Context(Protocol):
+    """What a model's blocks ask of the tokens that came before: a cache, or prompts for one."""
+
+    def positions(self, tokens: int) -> Tensor:
+        """Of the new tokens, ``(T,)`` or ``(B, T)`` int64, from 0 at the start of a sequence."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        window_size: int | None = None,
+    ) -> Tensor:
+        """Rotate, store the new keys and values of ``layer``, attend over all: ``(B, T, H, D)``.
+
+        ``rotary`` has the tables of all positions; None where positions are not rotated.
+        """
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that every layer has stored."""
 
 
 class KVCache:
     """Room for ``max_length`` tokens of ``batch`` sequences in every layer.
 
-    Every sequence of a batch has the same length.  Memory behind that length is never read.
+    Sequences may have different lengths.  The host knows them all, so that what does not fit is
+    refused before anything is written; the device has them too, and kernels read them there.
+    Memory behind a sequence's length is never read.
 
     Attributes:
         keys: ``(layers, B, max_length, G, D)``.
         values: Same shape.
-        length: Tokens stored so far.
+        lengths: Tokens stored so far, of each sequence.
+        seqlens: The same on the device, ``(B,)`` int32.
     """
 
     def __init__(
@@ -22,60 +57,165 @@ class KVCache:
         num_layers: int,
         batch: int,
         max_length: int,
+        *,
         num_kv_heads: int,
         head_dim: int,
-        *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         shape = (num_layers, batch, max_length, num_kv_heads, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
+        self.lengths = [0] * batch
+        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
 
     @property
     def batch(self) -> int:
-        return self.keys.shape[1]
+        return len(self.lengths)
 
     @property
     def max_length(self) -> int:
         return self.keys.shape[2]
 
-    def check_room(self, batch: int, tokens: int) -> None:
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    def check_room(self, batch: int, tokens: int | Sequence[int]) -> None:
         """Refuse tokens that do not fit, before anything is written.
+
+        Args:
+            batch: Number of sequences.
+            tokens: How many more of each, or one number for all.
 
         Raises:
             ValueError: The batch differs, or the cache is too short.
         """
         if batch != self.batch:
             raise ValueError(f"KVCache: input must have batch {self.batch}, got {batch}")
-        if self.length + tokens > self.max_length:
-            raise ValueError(
-                f"KVCache: input must fit in the {self.max_length - self.length} of "
-                f"{self.max_length} tokens that are free, got {tokens}"
-            )
+        more = [tokens] * batch if isinstance(tokens, int) else tokens
+        for length, count in zip(self.lengths, more, strict=True):
+            if length + count > self.max_length:
+                raise ValueError(
+                    f"KVCache: input must fit in the {self.max_length - length} of "
+                    f"{self.max_length} tokens that are free, got {count}"
+                )
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``(B, T, G, D)`` behind what ``layer`` holds; return all of it, as views.
+    def positions(self, tokens: int) -> Tensor:
+        return following(self.seqlens, self.lengths, tokens)
 
-        The length changes only with :meth:`advance`, once every layer has stored its part.
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        window_size: int | None = None,
+    ) -> Tensor:
+        """Rotate, store, attend: ``(B, T, H, D)``; a cache's first tokens by the training kernel.
+
+        Lengths change only with :meth:`advance`, once every layer has stored its part.
         """
-        end = self.length + key.shape[1]
-        keys, values = self.keys[layer, :, :end], self.values[layer, :, :end]
-        keys[:, self.length :].copy_(key)
-        values[:, self.length :].copy_(value)
-        return keys, values
+        keys, values = self.keys[layer], self.values[layer]
+        cos, sin = rotary if rotary is not None else (None, None)
+        tokens = query.shape[1]
+        if self.length == 0 and tokens > 1:
+            if cos is not None and sin is not None:
+                query, key = apply_rotary(query, key, cos[:tokens], sin[:tokens])
+            keys[:, :tokens], values[:, :tokens] = key, value
+            return cast(Tensor, causal_attention(query, key, value, window_size=window_size))
+        is_even = query.is_cpu and len(set(self.lengths)) == 1
+        out = attention_with_kv_cache(
+            query, keys, values, key=key, value=value,
+            cache_seqlens=self.lengths[0] if is_even else self.seqlens,
+            rotary_cos=cos, rotary_sin=sin, window_size=window_size,
+        )  # fmt: skip
+        return cast(Tensor, out)
+
+    def store(
+        self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Write ``(N, G, D)`` keys and values, each at its row and position, ``(N,)`` int64."""
+        self.keys[layer, rows, positions] = key
+        self.values[layer, rows, positions] = value
 
     def advance(self, tokens: int) -> None:
         """Count tokens that every layer has stored."""
-        self.length += tokens
+        self.set_lengths([length + tokens for length in self.lengths])
 
     def reset(self, length: int = 0) -> None:
-        """Forget the tokens from ``length`` on.
+        """Forget the tokens from ``length`` on, of every sequence.
 
         Raises:
-            ValueError: The cache holds fewer.
+            ValueError: A sequence has fewer.
         """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"KVCache: length must be in [0, {self.length}], got {length}")
-        self.length = length
+        shortest = min(self.lengths, default=0)
+        if not 0 <= length <= shortest:
+            raise ValueError(f"KVCache: length must be in [0, {shortest}], got {length}")
+        self.set_lengths([length] * self.batch)
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens of each sequence are kept or have been stored.
+
+        Raises:
+            ValueError: Not one for each sequence, or one that the cache does not have.
+        """
+        if len(lengths) != self.batch or not all(0 <= n <= self.max_length for n in lengths):
+            raise ValueError(
+                f"KVCache: lengths must be {self.batch} numbers from 0 to {self.max_length}, "
+                f"got {list(lengths)}"
+            )
+        self.lengths = list(lengths)
+        self.seqlens.copy_(torch.tensor(self.lengths, dtype=torch.int32))
+
+    def first(self, batch: int) -> KVCache:
+        """The first sequences as a cache of their own, in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, :batch], self.values[:, :batch]
+        part.lengths, part.seqlens = self.lengths[:batch], self.seqlens[:batch]
+        return part
+
+    def spread(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
+        """Make row b a copy of row ``sources[b]``, at most b, which has ``lengths[sources[b]]``."""
+        for row in reversed(range(len(sources))):
+            source = sources[row]
+            if source != row:
+                for cache in (self.keys, self.values):
+                    cache[:, row, : lengths[source]] = cache[:, source, : lengths[source]]
+        self.set_lengths([lengths[source] for source in sources])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the sequences ``rows``, in this order; the others leave, and their memory waits.
+
+        A sequence moves only where its place changes.
+
+        Raises:
+            ValueError: A row is not there, or given twice.
+        """
+        if len(set(rows)) != len(rows) or not all(0 <= row < self.batch for row in rows):
+            raise ValueError(
+                f"KVCache: rows must be different ones below {self.batch}, got {list(rows)}"
+            )
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moved:
+            targets, sources = zip(*moved, strict=True)
+            longest = max(self.lengths[row] for row in sources)
+            for cache in (self.keys, self.values):
+                cache[:, list(targets), :longest] = cache[:, list(sources), :longest]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.seqlens = self.seqlens[: len(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.set_lengths(self.lengths)
+
+
+def following(seqlens: Tensor, lengths: Sequence[int], tokens: int) -> Tensor:
+    """Positions of ``tokens`` more after each sequence: ``(T,)`` where all are alike on a CPU."""
+    if seqlens.is_cpu and len(set(lengths)) == 1:
+        return torch.arange(lengths[0], lengths[0] + tokens)
+    return seqlens[:, None].long() + torch.arange(tokens, device=seqlens.device)

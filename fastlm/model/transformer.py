@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastlm.model import checkpoint
 from fastlm.model.config import ACTIVATIONS, CausalLMConfig
-from fastlm.model.generate import generate
+from fastlm.model.generate import Generation, Request, new_tokens
 from fastlm.model.hub import model_folder
-from fastlm.model.kv_cache import KVCache
-from fastlm.model.sampling import Sampling, new_generator
+from fastlm.model.kv_cache import Context, KVCache
+from fastlm.model.paged_kv_cache import PagedKVCache, PagedRows
+from fastlm.model.sampling import Sampling
 from fastlm.nn import CausalSelfAttention, RMSNorm
 from fastlm.ops.glu import glu
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -113,54 +114,89 @@ class CausalLM(nn.Module):
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         eos_token_id: int | tuple[int, ...] | None = None,
+        num_return_sequences: int = 1,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Tensor:
         """Continue token ids.
 
         Ends after ``max_new_tokens``, when every row has ended, or when prompt and continuation
-        fill the context.
+        fill the context.  A row that has ended is no longer computed.
 
         Args:
-            input_ids: ``(B, T)``, prompts of one length, T from 1 to the context.
-            max_new_tokens: At most this many more.
+            input_ids: ``(B, T)``, prompts of one length, T from 1 to the context; or lists of token
+                ids, of any lengths, without padding.
+            max_new_tokens: At most this many more of each.
             temperature: 0, the default, takes the most likely token; see
-                :class:`fastlm.model.sampling.Sampling` for this and the next three.
+                :class:`fastlm.model.sampling.Sampling` for this and the next five.
             top_k: Keep the k most likely.
             top_p: Keep the most likely that reach this probability.
             min_p: Keep those at least this fraction as likely as the most likely.
-            seed: Equal seeds give equal tokens.  The global generators are not used.
+            repetition_penalty: Above 1 makes tokens that were there less likely.
+            logit_bias: Token id to what is added to its logit.
+            seed: Row b draws with seed + b, so equal seeds give equal tokens.  The global
+                generators are not used.
             eos_token_id: A row ends with this token, or one of these; None for the config's.
+            num_return_sequences: Rows of each prompt, which follow each other; it is read once.
+            prompt_lookup_num_tokens: Guess up to this many tokens ahead where a row repeats itself,
+                and verify them in one pass; what is drawn is the same but for rounding.
 
         Returns:
-            ``(B, T + new)``, prompts included; after its end a row holds the config's pad token, or
-            where there is none the first token that ends a row.
+            ``(B * num_return_sequences, longest)``, prompts included; after its end a row holds the
+            config's pad token, or where there is none the first token that ends a row.
 
         Raises:
             ValueError: An argument is out of range; the message names it.
             FloatingPointError: The model's logits are not finite.
         """
-        _check_ids(input_ids, "input_ids")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        if isinstance(input_ids, Tensor):
+            _check_ids(input_ids, "input_ids")
+            dtype, prompts = input_ids.dtype, input_ids.tolist()
+        else:
+            dtype, prompts = torch.int64, [list(prompt) for prompt in input_ids]
+        for name, value, least in (
+            ("num_return_sequences", num_return_sequences, 1),
+            ("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"generate: {name} must be at least {least}, got {value!r}")
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, logit_bias=logit_bias,
+        )  # fmt: skip
         eos = self.config.eos_token_ids if eos_token_id is None else eos_token_id
-        eos = (eos,) if isinstance(eos, int) else eos
+        eos = (eos,) if isinstance(eos, int) else tuple(eos)
+        rows = [list(prompt) for prompt in prompts for _ in range(num_return_sequences)]
+        requests = [
+            Request(
+                prompt=tuple(prompt),
+                max_new_tokens=new_tokens(self, len(prompt), max_new_tokens),
+                sampling=sampling,
+                seed=None if seed is None else seed + row,
+                end_ids=eos,
+            )
+            for row, prompt in enumerate(rows)
+        ]
+        generation = Generation(self, requests, num_guesses=prompt_lookup_num_tokens)
+        while not generation.is_done:
+            for drawn in generation.step():
+                rows[drawn.request].append(drawn.token)
         pad = self.config.pad_token_id
-        return generate(
-            self,
-            input_ids,
-            max_new_tokens,
-            sampling,
-            new_generator(seed, input_ids.device),
-            eos,
-            (eos[0] if eos else 0) if pad is None else pad,
-        )
+        pad = (eos[0] if eos else 0) if pad is None else pad
+        longest = max(map(len, rows), default=0)
+        filled = [[*row, *[pad] * (longest - len(row))] for row in rows]
+        device = self.lm_head.weight.device
+        return torch.tensor(filled, dtype=dtype, device=device).view(len(rows), longest)
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
         """An empty cache for ``model(input_ids, cache=cache)``.
@@ -179,16 +215,34 @@ class CausalLM(nn.Module):
                 f"CausalLM: max_length must be in [1, {context}], the context of the model, "
                 f"got {max_length}"
             )
+        return KVCache(self.config.num_hidden_layers, batch, max_length, **self._cache_options())
+
+    def new_paged_cache(self, num_pages: int, page_size: int = 16) -> PagedKVCache:
+        """Pages for ``model(input_ids, cache=cache.rows(sequences))``.
+
+        Args:
+            num_pages: Pages of all sequences together.
+            page_size: Tokens of a page.
+
+        Raises:
+            ValueError: One of the two is not above 0.
+        """
+        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"CausalLM: {name} must be at least 1, got {value}")
+        return PagedKVCache(
+            self.config.num_hidden_layers, num_pages, page_size,
+            max_length=self.config.max_position_embeddings, **self._cache_options(),
+        )  # fmt: skip
+
+    def _cache_options(self) -> dict[str, Any]:
         weight = self.model.embed_tokens.weight
-        return KVCache(
-            self.config.num_hidden_layers,
-            batch,
-            max_length,
-            self.config.num_kv_heads,
-            self.config.head_size,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        return {
+            "num_kv_heads": self.config.num_kv_heads,
+            "head_dim": self.config.head_size,
+            "dtype": weight.dtype,
+            "device": weight.device,
+        }
 
     def forward(
         self,
@@ -199,7 +253,7 @@ class CausalLM(nn.Module):
         num_items: int | Tensor | None = None,
         return_logits: bool = False,
         logits_to_keep: int = 0,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedRows | None = None,
     ) -> CausalLMOutput:
         """Predict each next token.
 
@@ -213,7 +267,8 @@ class CausalLM(nn.Module):
                 accumulation over batches of unequal size.
             return_logits: Compute logits beside the loss.
             logits_to_keep: Only the logits of this many last positions; 0 for all.
-            cache: What came before; the new tokens follow it and are added to it.
+            cache: What came before; the new tokens follow it and are added to it.  Nothing is then
+                recorded for a gradient of the blocks.
 
         Returns:
             The loss, with labels or targets, never holding ``(B, T, V)`` logits unless they are
@@ -232,9 +287,12 @@ class CausalLM(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         elif targets is not None:
             _check_like(targets, "targets", input_ids)
-        if cache is not None:
+        if cache is None:
+            hidden = self.model(input_ids)
+        else:
             cache.check_room(batch, length)
-        hidden = self.model(input_ids, cache)
+            with torch.no_grad():
+                hidden = self.model(input_ids, cache)
         loss = None if targets is None else self._loss(hidden, targets, num_items)
         if loss is not None and not return_logits:
             return CausalLMOutput(loss, None)
@@ -257,13 +315,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config.head_size, config.rope_theta, config.max_position_embeddings)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = 0 if cache is None else cache.length
-        rotary = self.rotary(start, input_ids.shape[1])
+    def forward(self, input_ids: Tensor, cache: Context | None = None) -> Tensor:
+        rotary = None if cache is not None else self.rotary(input_ids.shape[1])
         hidden, stream = self.embed_tokens(input_ids), None
         for index, layer in enumerate(self.layers):
-            extend = None if cache is None else functools.partial(cache.extend, index)
-            hidden, stream = layer(hidden, stream, rotary, extend)
+            attend = None
+            if cache is not None:
+                attend = functools.partial(cache.attend, index, rotary=self.rotary.tables)
+            hidden, stream = layer(hidden, stream, rotary, attend)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return self.norm(hidden, residual=stream)[0]
@@ -294,15 +353,15 @@ class Block(nn.Module):
         self,
         branch: Tensor,
         stream: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """Take and return what the branch before computed, and the stream it is to be added to."""
         if stream is None:
             hidden, stream = self.input_layernorm(branch), branch
         else:
             hidden, stream = self.input_layernorm(branch, residual=stream)
-        branch = self.self_attn(hidden, rotary, extend)
+        branch = self.self_attn(hidden, rotary, attend)
         hidden, stream = self.post_attention_layernorm(branch, residual=stream)
         return self.mlp(hidden), stream
 
@@ -339,18 +398,23 @@ class Rotary(nn.Module):
         self.head_dim, self.theta, self.max_length = head_dim, theta, max_length
         self._fill(None)
 
-    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """Tables ``(length, D/2)`` of the positions from ``start`` on.
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, ``(max_length, D/2)``."""
+        return self.cos, self.sin
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """Tables ``(length, D/2)`` of the first positions.
 
         Raises:
             ValueError: The positions go beyond ``max_length``.
         """
-        end = start + length
-        if end > self.max_length:
+        if length > self.max_length:
             raise ValueError(
-                f"CausalLM: input must end within the context, {self.max_length} tokens, got {end}"
+                f"CausalLM: input must end within the context, {self.max_length} tokens, "
+                f"got {length}"
             )
-        return self.cos[start:end], self.sin[start:end]
+        return self.cos[:length], self.sin[:length]
 
     def _fill(self, device: torch.device | None) -> None:
         # float32 throughout, as Hugging Face does: exact angles would be other angles
