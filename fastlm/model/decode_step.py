@@ -1,22 +1,188 @@
-"""One token of every sequence of a cache."""
+"""A few tokens of every sequence of a cache: the step that decoding repeats.
+
+On a GPU the step is captured in a CUDA graph.  On a CPU a token costs its matrix products and the
+calls of operators around them, so the step makes few calls, and none through a module.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from fastlm.model.blocks import ACTIVATION_FUNCTIONS, Block
+from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.kv_cache import KVCache
+from fastlm.model.products import few_rows
+from fastlm.nn import RMSNorm
+from fastlm.ops import _checked
 
 if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
 
+Step = Callable[[Tensor], Tensor]
+# rows of vectors to rows of vectors
+_Map = Callable[[Tensor], Tensor]
+# of query, key and value, ``(B, T, heads, D)``, and the window
+_Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
 
-class DecodeStep:
-    """Token ids ``(B,)`` to logits ``(B, V)``."""
+
+def decode_step(model: CausalLM, cache: KVCache) -> Step:
+    """A function from token ids ``(B, T)``, which it appends to ``cache``, to logits ``(B, T, V)``.
+
+    What the modules compute is computed without them, unless somebody watches them: hooks, or
+    ``fastlm.checked()``.  To be called under ``torch.inference_mode()``.
+    """
+    step = functools.partial(_by_modules, model, cache)
+    is_watched = _checked.is_on() or any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
+    if is_watched:
+        return step
+    if cache.device.type == "cuda":
+        return GraphedStep(step, cache)
+    is_wide = cache.keys.dtype in (torch.float32, torch.float64)
+    return DirectStep(model, cache) if cache.device.type == "cpu" and is_wide else step
+
+
+def _by_modules(model: CausalLM, cache: KVCache, tokens: Tensor) -> Tensor:
+    return cast(Tensor, model(tokens, cache=cache).logits)
+
+
+class DirectStep:
+    """The step on a CPU, in float32 or float64.
+
+    Reads the weights that the model's parameters have when it is made.
+    """
 
     def __init__(self, model: CausalLM, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+        decoder = model.model
+        self._cache = cache
+        self._embedding = decoder.embed_tokens.weight
+        self._positions = decoder.embed_positions
+        self._tables = None if decoder.rotary is None else decoder.rotary.tables
+        self._layers = [_layer(index, block) for index, block in enumerate(decoder.layers)]
+        self._norm, self._head = _norm(decoder.norm), _product(model.lm_head)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        return self._model(tokens[:, None], cache=self._cache).logits[:, -1]
+        batch, count = tokens.shape
+        cache = self._cache
+        cache.check_room(batch, count)
+        stream = F.embedding(tokens, self._embedding)
+        if self._positions is not None:
+            stream = stream + self._positions(cache.positions(count))
+        stream = stream.view(batch * count, -1)
+        is_even = count == 1 and len(set(cache.lengths)) == 1
+        attend = self._attending_alike() if is_even else self._attending()
+        for layer in self._layers:
+            layer(stream, batch, attend)
+        cache.advance(count)
+        return self._head(self._norm(stream)).view(batch, count, -1)
+
+    def _attending(self) -> _Attend:
+        def attend(
+            layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
+        ) -> Tensor:
+            return self._cache.attend(layer, query, key, value, self._tables, window)
+
+        return attend
+
+    def _attending_alike(self) -> _Attend:
+        """A token of every sequence, all of one length: what is asked of most steps."""
+        cache = self._cache
+        at = cache.length
+        cos, sin = _row(self._tables, at, cache.keys.dtype)
+
+        def attend(
+            layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
+        ) -> Tensor:
+            if cos is not None and sin is not None:
+                query, key = _turned(query, cos, sin), _turned(key, cos, sin)
+            keys, values = cache.keys[layer], cache.values[layer]
+            keys[:, at], values[:, at] = key[:, 0], value[:, 0]
+            seen = slice(0 if window is None else max(0, at + 1 - window), at + 1)
+            out = F.scaled_dot_product_attention(
+                query.transpose(1, 2), keys[:, seen].transpose(1, 2),
+                values[:, seen].transpose(1, 2), enable_gqa=query.shape[2] != key.shape[2],
+            )  # fmt: skip
+            return out.transpose(1, 2)
+
+        return attend
+
+
+def _row(
+    tables: tuple[Tensor, Tensor] | None, at: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Cosines and signed sines ``(D,)`` of one position, for both halves of a head."""
+    if tables is None:
+        return None, None
+    cos, sin = tables[0][at].to(dtype), tables[1][at].to(dtype)
+    return torch.cat((cos, cos)), torch.cat((-sin, sin))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return swapped.mul_(sin).addcmul_(x, cos)
+
+
+def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
+    """A block that adds to the stream ``(B * T, C)`` in place."""
+    attention, mlp = block.self_attn, block.mlp
+    norm, mlp_norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+    q, k, v, o, up, down = (
+        _product(module)
+        for module in (
+            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.up_proj, mlp.down_proj,
+        )
+    )  # fmt: skip
+    gate = _product(mlp.gate_proj) if hasattr(mlp, "gate_proj") else None
+    activation = ACTIVATION_FUNCTIONS[mlp.activation]
+    q_norm = None if attention.q_norm is None else _norm(attention.q_norm)
+    k_norm = None if attention.k_norm is None else _norm(attention.k_norm)
+    head_dim, window = attention.head_dim, attention.window_size
+
+    def run(stream: Tensor, batch: int, attend: _Attend) -> None:
+        hidden = norm(stream)
+        query, key, value = (
+            product(hidden).view(batch, -1, heads, head_dim)
+            for product, heads in (
+                (q, attention.num_heads), (k, attention.num_kv_heads), (v, attention.num_kv_heads),
+            )
+        )  # fmt: skip
+        if q_norm is not None and k_norm is not None:
+            query, key = q_norm(query), k_norm(key)
+        out = attend(index, query, key, value, window)
+        stream.add_(o(out.reshape(len(stream), -1)))
+        hidden = mlp_norm(stream)
+        wide = up(hidden)
+        wide = activation(wide) if gate is None else activation(gate(hidden)).mul_(wide)
+        stream.add_(down(wide))
+
+    return run
+
+
+def _product(module: nn.Module) -> _Map:
+    if type(module) is nn.Linear and module.weight.is_contiguous():
+        return functools.partial(few_rows, weight=module.weight, bias=module.bias)
+    return module
+
+
+def _norm(module: nn.Module) -> _Map:
+    """RMSNorm in six calls: the mean's division goes into the weight and eps."""
+    if type(module) is not RMSNorm:
+        return module
+    size = len(module.weight)
+    weight = (module.weight + module.weight_offset) * math.sqrt(size)
+    eps = module.eps * size
+
+    def run(x: Tensor) -> Tensor:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return torch.mul(x, squares.add_(eps).rsqrt_()).mul_(weight)
+
+    return run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm._errors import ArgumentError
-from fastlm.model.decode_step import DecodeStep
+from fastlm.model.decode_step import decode_step
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.lookup import PromptLookup
 from fastlm.model.prefill import prefill
@@ -149,7 +149,7 @@ class Generation:
         first = self._cache.first(len(prompts))
         self._logits: Tensor | None = prefill(model, prompts, first)[sources][:, None]
         self._cache.spread(sources, first.lengths)
-        self._step = DecodeStep(model, self._cache)
+        self._step = decode_step(model, self._cache)
         self._tokens = torch.zeros(len(requests), dtype=torch.int64, device=device)
         self._steps = torch.zeros_like(self._tokens)
         self._starts = torch.tensor([len(request.prompt) for request in requests], device=device)
@@ -188,7 +188,7 @@ class Generation:
     def _decoded(self) -> Tensor:
         """Logits ``(B, 1, V)`` after the last tokens; where one is none, any."""
         self._remember(self._tokens[:, None], self._starts + self._steps - 1)
-        return self._step(self._tokens.clamp(min=0))[:, None]
+        return self._step(self._tokens.clamp(min=0)[:, None])
 
     def _verified(self) -> Tensor:
         """Logits ``(B, T, V)`` after the last tokens and after each guess that follows them."""
@@ -203,9 +203,7 @@ class Generation:
         ids = [[last, *row, *[0] * (width - 1 - len(row))] for last, row in rows]
         inputs = torch.tensor(ids, device=self._tokens.device)
         self._remember(inputs, self._starts + self._steps - 1)
-        if width == 1:
-            return self._step(inputs[:, 0])[:, None]
-        return self._model(inputs, cache=self._cache).logits
+        return self._step(inputs)
 
     def _remember(self, ids: Tensor, start: Tensor) -> None:
         """Write tokens ``(B, T)`` into the history, from ``start`` ``(B,)`` on."""

@@ -147,7 +147,8 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         """Count tokens that every layer has stored."""
-        self.set_lengths([length + tokens for length in self.lengths])
+        self.lengths = [length + tokens for length in self.lengths]
+        self.seqlens.add_(tokens)
 
     def reset(self, length: int = 0) -> None:
         """Forget the tokens from ``length`` on, of every sequence.

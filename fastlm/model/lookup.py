@@ -46,5 +46,7 @@ class PromptLookup:
         for size in range(min(_LONGEST, end), _SHORTEST - 1, -1):
             _, at = self._after[tuple(self._ids[end - size :])]
             if at >= 0:
-                return self._ids[at : at + max(0, most)]
+                # as if the text went on repeating what is from there to its end
+                period = end - at
+                return [self._ids[at + n % period] for n in range(most)]
         return []
