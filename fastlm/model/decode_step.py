@@ -75,7 +75,7 @@ class DirectStep:
         cache.check_room(batch, count)
         stream = F.embedding(tokens, self._embedding)
         if self._positions is not None:
-            stream = stream + self._positions(cache.positions(count))
+            stream = stream + self._positions(count, cache.positions(count))
         stream = stream.view(batch * count, -1)
         is_even = count == 1 and len(set(cache.lengths)) == 1
         attend = self._attending_alike() if is_even else self._attending()
@@ -88,7 +88,7 @@ class DirectStep:
         def attend(
             layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
         ) -> Tensor:
-            return self._cache.attend(layer, query, key, value, self._tables, window)
+            return self._cache.attend(layer, query, key, value, window, rotary=self._tables)
 
         return attend
 
@@ -142,7 +142,9 @@ def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
         )
     )  # fmt: skip
     gate = _product(mlp.gate_proj) if hasattr(mlp, "gate_proj") else None
-    activation = ACTIVATION_FUNCTIONS[mlp.activation]
+    activation = mlp.activation
+    if isinstance(activation, str):
+        activation = ACTIVATION_FUNCTIONS[activation]
     q_norm = None if attention.q_norm is None else _norm(attention.q_norm)
     k_norm = None if attention.k_norm is None else _norm(attention.k_norm)
     head_dim, window = attention.head_dim, attention.window_size

@@ -26,8 +26,9 @@ class Context(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        window_size: int | None,
+        *,
         rotary: tuple[Tensor, Tensor] | None,
-        window_size: int | None = None,
     ) -> Tensor:
         """Rotate, store the new keys and values of ``layer``, attend over all: ``(B, T, H, D)``.
 
@@ -115,8 +116,9 @@ class KVCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        window_size: int | None,
+        *,
         rotary: tuple[Tensor, Tensor] | None,
-        window_size: int | None = None,
     ) -> Tensor:
         """Rotate, store, attend: ``(B, T, H, D)``; a cache's first tokens by the training kernel.
 

@@ -276,8 +276,9 @@ class PagedRows:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        window_size: int | None,
+        *,
         rotary: tuple[Tensor, Tensor] | None,
-        window_size: int | None = None,
     ) -> Tensor:
         """Rotate, store, attend: ``(B, T, H, D)``."""
         cos, sin = rotary if rotary is not None else (None, None)

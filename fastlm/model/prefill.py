@@ -44,8 +44,9 @@ class PackedPrompts:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        window_size: int | None,
+        *,
         rotary: tuple[Tensor, Tensor] | None,
-        window_size: int | None = None,
     ) -> Tensor:
         """Rotate, store, attend each to its prompt: ``(1, N, H, D)``."""
         if rotary is not None:
