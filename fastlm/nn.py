@@ -63,7 +63,10 @@ class CausalSelfAttention(nn.Module):
         head_dim: D; None for C / H.
         qk_norm: Normalise each query and key head before rotation (Qwen3; Henry et al., 2020,
             https://arxiv.org/abs/2010.04245).
-        bias: The projections have biases.
+        bias: The projections to queries, keys and values have biases.
+        out_bias: That of the output has one; None for ``bias``.
+        window_size: How many of the latest keys each query sees, that of its own position included;
+            None for all.
         eps: Of that normalisation.
     """
 
@@ -76,16 +79,20 @@ class CausalSelfAttention(nn.Module):
         *,
         qk_norm: bool = False,
         bias: bool = False,
+        out_bias: bool | None = None,
+        window_size: int | None = None,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        out_bias = bias if out_bias is None else out_bias
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.window_size = window_size
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=out_bias)
         self.q_norm = RMSNorm(head_dim, eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps) if qk_norm else None
 
@@ -113,7 +120,7 @@ class CausalSelfAttention(nn.Module):
             query, key = apply_rotary(query, key, *rotary)
         if extend is not None:
             key, value = extend(key, value)
-        out = cast(Tensor, causal_attention(query, key, value))
+        out = cast(Tensor, causal_attention(query, key, value, window_size=self.window_size))
         return self.o_proj(out.flatten(2))
 
 

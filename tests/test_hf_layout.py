@@ -11,10 +11,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.disk import files_of_at_most
-from support.models import tiny_config, tiny_model
+from support.models import GPT2, scramble, tiny_config, tiny_model
 
 import fastlm
+from fastlm.model.config import RopeScaling
 from fastlm.testing import assert_as_accurate
+
+LLAMA3 = RopeScaling(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+LINEAR = RopeScaling(rope_type="linear", factor=2.5)
 
 VARIANTS = [
     {"model_type": "qwen3", "tie_word_embeddings": True},
@@ -22,6 +29,19 @@ VARIANTS = [
     {"model_type": "llama", "tie_word_embeddings": True},
     {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "hidden_act": "relu2"},
     {"model_type": "llama", "num_key_value_heads": 4, "head_dim": None, "eos_token_id": (3, 5)},
+    {"model_type": "llama", "rope_scaling": LLAMA3},
+    {"model_type": "qwen2", "rope_scaling": LINEAR},
+    {"model_type": "qwen2", "tie_word_embeddings": True, "sliding_window": 7},
+    {"model_type": "qwen3", "sliding_window": 7, "layer_types": ("full_attention",) * 2},
+    {
+        "model_type": "qwen3",
+        "sliding_window": 7,
+        "layer_types": ("sliding_attention", "full_attention"),
+    },
+    {"model_type": "mistral"},
+    {"model_type": "mistral", "sliding_window": 7, "hidden_act": "gelu_new"},
+    {**GPT2, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+    {**GPT2, "hidden_act": "relu2", "intermediate_size": 128, "pad_token_id": 7},
 ]
 
 
@@ -45,6 +65,7 @@ def assert_same_logits(model, theirs, ids):
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_transformers_reads_what_we_write(changes, ids, tmp_path):
     model = tiny_model(**changes)
+    scramble(model)
     model.save_pretrained(tmp_path)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
@@ -62,11 +83,12 @@ def test_we_read_what_transformers_writes(changes, ids, tmp_path):
     values = tiny_config(**changes).to_dict()
     config = transformers.AutoConfig.for_model(**values)
     theirs = transformers.AutoModelForCausalLM.from_config(config)
-    torch.nn.init.normal_(theirs.lm_head.weight, std=0.3)
+    scramble(theirs)
     theirs.save_pretrained(tmp_path)
     model = fastlm.CausalLM.from_pretrained(tmp_path)
     assert_same_logits(model, theirs, ids)
-    assert model.config.rope_theta == 5000.0 and model.config.rms_norm_eps == 1e-5
+    assert model.config.rms_norm_eps == 1e-5
+    assert model.config.rope_theta == 5000.0 or model.config.model_type == "gpt2"
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == model.config.tie_word_embeddings
 
@@ -83,10 +105,12 @@ def test_reads_what_it_wrote(changes, ids, tmp_path):
     assert all(p.grad is not None for p in again.parameters())
 
 
-def test_shards_are_read(ids, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {**GPT2, "tie_word_embeddings": True}])
+def test_shards_are_read(changes, ids, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**tiny_config().to_dict())
+        transformers.AutoConfig.for_model(**tiny_config(**changes).to_dict())
     )
+    scramble(theirs)
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     model = fastlm.CausalLM.from_pretrained(tmp_path)
@@ -228,15 +252,38 @@ def test_an_index_names_safetensors_beside_it(name, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type must be one of qwen3, llama, got 'gpt2'"),
+        ({"model_type": "gemma"}, "one of qwen3, llama, qwen2, mistral, gpt2, got 'gemma'"),
+        ({"model_type": ["llama"]}, "model_type must be one of"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
-            "rope_type 'default', got 'yarn'",
+            "rope_type must be one of default, linear, llama3, got 'yarn'",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "llama3, got 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of rope_scaling must be a number above 0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 1}},
+            "high_freq_factor must be a number above 0, got None",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is not supported"),
-        ({"use_sliding_window": True}, "use_sliding_window is not supported, got True"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types must be full_attention"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "rope_parameters must be the same for all layers, got full_attention",
+        ),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_window must be given where"),
+        ({"layer_types": ["full_attention"]}, "one for each of 2 layers, got 1"),
+        (
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types must be full_attention or sliding_attention, got 'chunked_attention'",
+        ),
+        (
+            {"model_type": "llama", "use_sliding_window": True},
+            "use_sliding_window must be False for model_type 'llama', got True",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types must be sliding_attention for model_type 'mistral'",
+        ),
+        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias must be False for"),
         ({"attention_dropout": 0.1}, "attention_dropout is not supported, got 0.1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"pretraining_tp": 2}, "pretraining_tp is not supported, got 2"),
@@ -245,20 +292,43 @@ def test_an_index_names_safetensors_beside_it(name, tmp_path):
     ],
 )
 def test_options_that_are_not_computed_are_refused_by_name(changes, message, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+    refused(tiny_model(), changes, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_attn_weights": False}, "scale_attn_weights is not supported, got False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is not supported, got True"),
+        ({"add_cross_attention": True}, "add_cross_attention is not supported, got True"),
+        ({"activation_function": "quick_gelu"}, "hidden_act must be one of .* got 'quick_gelu'"),
+        ({"n_embd": "32"}, "n_embd must be a whole number above 0, got '32'"),
+        ({"n_head": 5}, "num_attention_heads must divide hidden_size, 32"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must be num_attention_heads, 4, for"),
+        ({"use_sliding_window": True}, "use_sliding_window must be False for model_type 'gpt2'"),
+    ],
+)
+def test_options_of_gpt2_that_are_not_computed_are_refused_by_name(changes, message, tmp_path):
+    refused(tiny_model(**GPT2), changes, message, tmp_path)
+
+
+def refused(model, changes, message, tmp_path):
+    model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(fastlm.ModelFileError, match=message):
         fastlm.CausalLM.from_pretrained(tmp_path)
 
 
-def test_a_size_that_is_missing_is_named(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize(("changes", "name"), [({}, "intermediate_size"), (GPT2, "n_layer")])
+def test_a_size_that_is_missing_is_named(changes, name, tmp_path):
+    tiny_model(**changes).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    del values["intermediate_size"]
+    del values[name]
     path.write_text(json.dumps(values))
-    with pytest.raises(fastlm.ModelFileError, match="needs intermediate_size"):
+    with pytest.raises(fastlm.ModelFileError, match=f"needs {name}, which"):
         fastlm.CausalLM.from_pretrained(tmp_path)
 
 

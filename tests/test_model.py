@@ -186,7 +186,7 @@ def test_wrong_labels_are_named():
         ({"head_dim": 15}, "head_dim must be even and at most 512, got 15"),
         ({"head_dim": 514}, "head_dim must be even and at most 512, got 514"),
         ({"hidden_act": "tanh"}, "hidden_act must be one of .*, got 'tanh'"),
-        ({"model_type": "gpt2"}, "model_type must be one of qwen3, llama, got 'gpt2'"),
+        ({"model_type": "gemma"}, "model_type must be one of qwen3, llama, .*, got 'gemma'"),
         ({"rope_theta": 0.0}, "rope_theta must be above 0, got 0.0"),
         ({"rope_theta": float("nan")}, "rope_theta must be above 0, got nan"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be at least 0, got -1.0"),

@@ -133,10 +133,11 @@ def _attend(config: CausalLMConfig, dtype: torch.dtype, *, trains: bool) -> None
         for heads in (config.num_attention_heads, config.num_kv_heads, config.num_kv_heads)
     )
     inputs = (query, key, value, None, None, None, None, None)
-    options = (config.head_size**-0.5, None, None)
-    out, lse = attention.forward(*inputs, *options)
-    if trains and too_wide(BACKWARD, query, value) is None:
-        attention.backward(out, None, *inputs, out, lse, *options, True, True, False)
+    for window in dict.fromkeys(config.windows):
+        options = (config.head_size**-0.5, window, None)
+        out, lse = attention.forward(*inputs, *options)
+        if trains and too_wide(BACKWARD, query, value) is None:
+            attention.backward(out, None, *inputs, out, lse, *options, True, True, False)
 
 
 def _score(config: CausalLMConfig, dtype: torch.dtype) -> None:

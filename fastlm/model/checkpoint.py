@@ -14,16 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastlm._errors import UserError
+from fastlm.model import names
 from fastlm.model.config import CausalLMConfig
+from fastlm.model.names import HEAD
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-# written by early versions of transformers; computed from the config everywhere
-_COMPUTED = "rotary_emb.inv_freq"
 _NAMES_SHOWN = 4
 
 
@@ -45,10 +43,11 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    named = names.to_file(config.model_type, state)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in named.items()}
     if config.tie_word_embeddings:
         del tensors[HEAD]
-    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    dtype = tensors[names.embedding_name(config.model_type)].dtype
     partial = folder / f".{WEIGHTS}.partial"
     # safetensors would leave a file that its owner alone can read
     partial.touch()
@@ -60,10 +59,10 @@ def save(
         raise ModelFileError(f"{folder / WEIGHTS}: cannot be written: {error}") from error
     partial.chmod(mode)
     partial.replace(folder / WEIGHTS)
-    _write_json(folder / CONFIG, {**config.to_dict(), "dtype": dtype})
     values = config.to_dict()
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    tokens = {name: values[name] for name in names if values[name] is not None}
+    _write_json(folder / CONFIG, {**values, "dtype": str(dtype).removeprefix("torch.")})
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: values[name] for name in ids if values[name] is not None}
     _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **tokens})
 
 
@@ -88,17 +87,17 @@ def read_config(folder: str | os.PathLike[str]) -> CausalLMConfig:
 def load_weights(
     model: nn.Module,
     folder: str | os.PathLike[str],
+    config: CausalLMConfig,
     *,
-    tied: bool,
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
     """Give ``model``, which may be on the meta device, the weights of a folder.
 
     Args:
-        model: Its state dict names and shapes are what the files must hold.
+        model: Its state dict is what the files must hold, under their own names.
         folder: Model folder.
-        tied: The head shares the embedding's weight, so the files may leave it out.
+        config: Of the model.  Where it ties the head to the embedding the files may leave it out.
         dtype: Of the loaded weights; None for that of the embedding in the files.
         device: Of the loaded weights.
 
@@ -107,24 +106,25 @@ def load_weights(
             of other shapes.
     """
     folder = Path(folder)
-    tensors = {
-        name: tensor
-        for path in _weight_files(folder)
-        for name, tensor in _read_tensors(path, device).items()
-        if not name.endswith(_COMPUTED)
-    }
-    if tied and HEAD in tensors and EMBEDDING in tensors:
-        if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+    kind, tied = config.model_type, config.tie_word_embeddings
+    embedding = names.embedding_name(kind)
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        found |= _read_tensors(path, device)
+    tensors = names.standard(kind, found)
+    if tied and HEAD in tensors and embedding in tensors:
+        if not torch.equal(tensors[HEAD], tensors[embedding]):
             raise ModelFileError(
-                f"{folder}: {HEAD} must equal {EMBEDDING}, as the config ties them"
+                f"{folder}: {HEAD} must equal {embedding}, as the config ties them"
             )
         del tensors[HEAD]
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in names.to_file(kind, shapes).items()}
     if tied:
         del expected[HEAD]
     _check_names(folder, expected, tensors)
-    dtype = tensors[EMBEDDING].dtype if dtype is None else dtype
-    state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    dtype = tensors[embedding].dtype if dtype is None else dtype
+    state = {name: tensor.to(dtype) for name, tensor in names.from_file(kind, tensors).items()}
     model.load_state_dict(state, strict=False, assign=True)
 
 

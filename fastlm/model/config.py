@@ -7,29 +7,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MODEL_TYPES = ("qwen3", "llama")
+from fastlm.model import config_json
+from fastlm.model.config_json import FULL, MODEL_TYPES, SLIDING
+
 # Hugging Face's name of an activation -> the name fastlm.glu knows it by
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
     "sigmoid": "sigmoid",
 }
 MAX_HEAD_DIM = 512
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-
-# Options of a Hugging Face config that change what a model computes and that we do not compute,
-# with the only values under which they change nothing.
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "attention_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "pretraining_tp": (1, None),
-    "quantization_config": (None,),
-    "rope_scaling": (None,),
-    "use_sliding_window": (False, None),
+ROPE_TYPES = ("linear", "llama3")
+# an option -> its only value in models of other types than these
+_OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "attention_bias": (False, ("qwen3", "llama")),
+    "mlp_bias": (False, ("llama",)),
+    "sliding_window": (None, ("qwen3", "qwen2", "mistral")),
+    "layer_types": (None, ("qwen3", "qwen2")),
+    "rope_scaling": (None, ("qwen3", "llama", "qwen2", "mistral")),
 }
 _SIZES = (
     "vocab_size",
@@ -41,24 +41,75 @@ _SIZES = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary angles are slowed down for contexts longer than those of pretraining.
+
+    Attributes:
+        rope_type: ``"linear"`` divides every frequency by ``factor`` (Chen et al., 2023,
+            https://arxiv.org/abs/2306.15595).  ``"llama3"`` divides those that turn fewer than
+            ``low_freq_factor`` times in ``original_max_position_embeddings`` positions, none that
+            turns more than ``high_freq_factor`` times, and those between in part (Llama 3.1; Dubey
+            et al., 2024, https://arxiv.org/abs/2407.21783).
+        factor: By how much.
+        low_freq_factor: llama3 alone, as the next two.
+        high_freq_factor: Above ``low_freq_factor``.
+        original_max_position_embeddings: The context of pretraining.
+
+    Raises:
+        ValueError: A value is missing or impossible; the message names the field.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.rope_type in ROPE_TYPES,
+            f"rope_type must be one of default, {', '.join(ROPE_TYPES)}, got {self.rope_type!r}",
+        )
+        _check_above_zero("factor of rope_scaling", self.factor)
+        if self.rope_type == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            _check_above_zero("low_freq_factor", low)
+            _check_above_zero("high_freq_factor", high)
+            _check(
+                low is not None and high is not None and high > low,
+                f"high_freq_factor must be above low_freq_factor, {low}, got {high}",
+            )
+            _check_size("original_max_position_embeddings", self.original_max_position_embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CausalLMConfig:
     """What a :class:`fastlm.CausalLM` is made of.
 
     Attributes:
         vocab_size: V, number of token ids.
         hidden_size: C, width of the model.
-        intermediate_size: Width of the gated feed-forward layer.
+        intermediate_size: Width of the feed-forward layer.
         num_hidden_layers: Number of blocks.
         num_attention_heads: H, query heads.
         num_key_value_heads: G, key and value heads; divides H; None for H.
         head_dim: D, even and at most 512; None for C / H.
-        model_type: ``"qwen3"`` normalises queries and keys per head, ``"llama"`` does not.
-        hidden_act: Activation of the gate: silu, gelu, gelu_pytorch_tanh, relu, relu2 or sigmoid.
+        model_type: ``"llama"``; ``"qwen3"``, which normalises queries and keys per head;
+            ``"qwen2"``, with biases on their projections and that of the values; ``"mistral"``,
+            llama with a window; or ``"gpt2"``, with learned positions, LayerNorm, biases and a
+            feed-forward layer without gate.
+        hidden_act: Activation of the feed-forward layer: silu, gelu, gelu_pytorch_tanh (also called
+            gelu_new), relu, relu2 or sigmoid.
         max_position_embeddings: Longest sequence, prompt and continuation together.
-        rope_theta: Base of the rotary angles.
-        rms_norm_eps: Added to mean squares.
+        rope_theta: Base of the rotary angles; gpt2 has none.
+        rope_scaling: How they are slowed down, or None.
+        sliding_window: How many of the latest keys a query sees, itself included, or None for all;
+            qwen2, qwen3 and mistral only.
+        layer_types: ``"sliding_attention"`` for each layer that has this window, or else
+            ``"full_attention"``; None if all are alike.  qwen2 and qwen3 only.
+        rms_norm_eps: Added to mean squares, by gpt2 to variances.
         tie_word_embeddings: The head shares the weight of the token embedding.
-        attention_bias: The four projections of attention have biases.
+        attention_bias: The four projections of attention have biases; qwen3 and llama only.
         mlp_bias: The feed-forward projections have biases; llama only.
         initializer_range: Standard deviation of initial weights.
         bos_token_id: Token that starts a text, or None.
@@ -80,6 +131,9 @@ class CausalLMConfig:
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -96,7 +150,7 @@ class CausalLMConfig:
             self.model_type in MODEL_TYPES,
             f"model_type must be one of {', '.join(MODEL_TYPES)}, got {self.model_type!r}",
         )
-        for name in ("num_key_value_heads", "head_dim"):
+        for name in ("num_key_value_heads", "head_dim", "sliding_window"):
             if getattr(self, name) is not None:
                 _check_size(name, getattr(self, name))
         _check(
@@ -121,14 +175,45 @@ class CausalLMConfig:
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             _check(value >= 0, f"{name} must be at least 0, got {value}")
-        _check(
-            not (self.mlp_bias and self.model_type == "qwen3"),
-            "mlp_bias must be False for model_type 'qwen3', got True",
-        )
+        self._check_options()
         for name in ("bos_token_id", "pad_token_id"):
             _check_token(name, getattr(self, name), self.vocab_size)
         for token in self.eos_token_ids:
             _check_token("eos_token_id", token, self.vocab_size)
+
+    def _check_options(self) -> None:
+        for name, (usual, types) in _OPTIONS.items():
+            value = getattr(self, name)
+            _check(
+                self.model_type in types or value == usual,
+                f"{name} must be {usual} for model_type {self.model_type!r}, got {value}",
+            )
+        if self.layer_types is not None:
+            _check(
+                len(self.layer_types) == self.num_hidden_layers,
+                f"layer_types must have one for each of {self.num_hidden_layers} layers, "
+                f"got {len(self.layer_types)}",
+            )
+            for kind in self.layer_types:
+                _check(
+                    kind in (FULL, SLIDING),
+                    f"layer_types must be {FULL} or {SLIDING}, got {kind!r}",
+                )
+            _check(
+                SLIDING not in self.layer_types or self.sliding_window is not None,
+                f"sliding_window must be given where layer_types has {SLIDING}, got None",
+            )
+        if self.model_type == "gpt2":
+            heads, width = self.num_attention_heads, self.hidden_size
+            _check(
+                self.num_kv_heads == heads,
+                f"num_key_value_heads must be num_attention_heads, {heads}, for model_type 'gpt2', "
+                f"got {self.num_kv_heads}",
+            )
+            _check(
+                self.head_size * heads == width,
+                f"head_dim must be {width} / {heads} for model_type 'gpt2', got {self.head_size}",
+            )
 
     @property
     def num_kv_heads(self) -> int:
@@ -150,6 +235,23 @@ class CausalLMConfig:
         return self.model_type == "qwen3"
 
     @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.attention_bias or self.model_type in ("qwen2", "gpt2")
+
+    @property
+    def o_bias(self) -> bool:
+        """Whether the projection of attention's output has a bias."""
+        return self.attention_bias or self.model_type == "gpt2"
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many of the latest keys a query sees, for each layer; None for all."""
+        if self.layer_types is None:
+            return (self.sliding_window,) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == SLIDING else None for kind in self.layer_types)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text, none, one or several."""
         if self.eos_token_id is None:
@@ -164,56 +266,23 @@ class CausalLMConfig:
             ValueError: A size is missing, or an option asks for something that is not computed
                 here; the message names it.
         """
-        _check(
-            values.get("model_type") in MODEL_TYPES,
-            f"model_type must be one of {', '.join(MODEL_TYPES)}, got {values.get('model_type')!r}",
-        )
-        missing = [name for name in _SIZES if name not in values]
-        _check(not missing, f"needs {', '.join(missing)}, which the file does not give")
-        _check_without_effect(values)
-        fields = {field.name for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in values.items() if name in fields}
-        if isinstance(known.get("eos_token_id"), list):
-            known["eos_token_id"] = tuple(known["eos_token_id"])
-        theta = _rope_parameters(values).get("rope_theta")
-        if theta is not None:
-            known["rope_theta"] = theta
-        if values["model_type"] == "qwen3":
-            # Hugging Face's defaults for a key that the file leaves out
-            known = {"head_dim": 128, "max_position_embeddings": 32_768, **known}
+        try:
+            known = config_json.fields(values)
+        except ValueError as error:
+            raise ValueError(f"CausalLMConfig: {error}") from None
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in known.items() if name in names}
+        if known.get("rope_scaling") is not None:
+            known["rope_scaling"] = RopeScaling(**known["rope_scaling"])
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a Hugging Face ``config.json``, every default spelled out."""
-        values = dataclasses.asdict(self)
-        values["num_key_value_heads"] = self.num_kv_heads
-        values["head_dim"] = self.head_size
-        if isinstance(self.eos_token_id, tuple):
-            values["eos_token_id"] = list(self.eos_token_id)
-        if self.model_type == "qwen3":
-            del values["mlp_bias"]
-        # rope_theta is where transformers 4 and other engines look, rope_parameters where 5 does
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        return {"architectures": [_ARCHITECTURES[self.model_type]], **values}
-
-
-def _rope_parameters(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    return values.get("rope_parameters") or {}
-
-
-def _check_without_effect(values: Mapping[str, Any]) -> None:
-    for name, allowed in _WITHOUT_EFFECT.items():
-        value = values.get(name)
-        _check(value in allowed, f"{name} is not supported, got {value!r}")
-    layers = {str(layer) for layer in values.get("layer_types") or ()}
-    _check(
-        layers <= {"full_attention"}, f"layer_types must be full_attention, got {sorted(layers)}"
-    )
-    rope = _rope_parameters(values)
-    kind = rope.get("rope_type", "default")
-    _check(kind == "default", f"rope_parameters must have rope_type 'default', got {kind!r}")
-    factor = rope.get("partial_rotary_factor", 1)
-    _check(factor == 1, f"partial_rotary_factor is not supported, got {factor!r}")
+        return config_json.contents({
+            **dataclasses.asdict(self),
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_size,
+        })  # fmt: skip
 
 
 def _check(holds: bool, message: str) -> None:
@@ -224,6 +293,11 @@ def _check(holds: bool, message: str) -> None:
 def _check_size(name: str, value: object) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
     _check(whole, f"{name} must be a whole number above 0, got {value!r}")
+
+
+def _check_above_zero(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    _check(number, f"{name} must be a number above 0, got {value!r}")
 
 
 def _check_token(name: str, token: object, vocab_size: int) -> None:

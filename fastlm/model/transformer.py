@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.model import checkpoint
-from fastlm.model.config import ACTIVATIONS, CausalLMConfig
+from fastlm.model.blocks import Decoder
+from fastlm.model.config import CausalLMConfig
 from fastlm.model.generate import generate
 from fastlm.model.hub import model_folder
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.sampling import Sampling, new_generator
-from fastlm.nn import CausalSelfAttention, RMSNorm
-from fastlm.ops.glu import glu
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -37,9 +34,10 @@ class CausalLMOutput(NamedTuple):
 
 
 class CausalLM(nn.Module):
-    """A decoder-only language model: Llama's, or Qwen3's with normalised queries and keys.
+    """A decoder-only language model: Llama, Mistral, Qwen2, Qwen3 or GPT-2, as the config says.
 
-    Modules and parameters have Hugging Face's names, so that a state dict is a checkpoint.
+    Modules and parameters have the names that Hugging Face gives to those of the first four, whose
+    state dict is their checkpoint; GPT-2's are renamed in its files.
 
     Args:
         config: Sizes and options.
@@ -83,7 +81,9 @@ class CausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> CausalLM:
-        """Read a Qwen3 or Llama model in Hugging Face's layout, sharded or not.
+        """Read a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model in Hugging Face's layout.
+
+        Its weights may be in one file or in several.
 
         Args:
             source: Folder with ``config.json`` and safetensors, or the model's name on the hub.
@@ -98,10 +98,10 @@ class CausalLM(nn.Module):
         device = torch.device(device)
         with torch.device("meta"):
             model = cls(config)
-        tied = config.tie_word_embeddings
-        checkpoint.load_weights(model, folder, tied=tied, dtype=dtype, device=device)
+        checkpoint.load_weights(model, folder, config, dtype=dtype, device=device)
         model.tie_weights()
-        model.model.rotary.to_empty(device=device)
+        if model.model.rotary is not None:
+            model.model.rotary.to_empty(device=device)
         return model
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -245,127 +245,6 @@ class CausalLM(nn.Module):
         if num_items is None:
             return linear_cross_entropy(hidden, weight, targets)
         return linear_cross_entropy(hidden, weight, targets, reduction="sum") / num_items
-
-
-class Decoder(nn.Module):
-    """Token embedding, blocks and the final norm: token ids to hidden states ``(B, T, C)``."""
-
-    def __init__(self, config: CausalLMConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config.head_size, config.rope_theta, config.max_position_embeddings)
-
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = 0 if cache is None else cache.length
-        rotary = self.rotary(start, input_ids.shape[1])
-        hidden, stream = self.embed_tokens(input_ids), None
-        for index, layer in enumerate(self.layers):
-            extend = None if cache is None else functools.partial(cache.extend, index)
-            hidden, stream = layer(hidden, stream, rotary, extend)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return self.norm(hidden, residual=stream)[0]
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward, each behind a norm and beside the residual stream.
-
-    Each branch is added to the stream by the norm after it, which reads and writes both anyway.
-    """
-
-    def __init__(self, config: CausalLMConfig) -> None:
-        super().__init__()
-        self.self_attn = CausalSelfAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.head_size,
-            qk_norm=config.qk_norm,
-            bias=config.attention_bias,
-            eps=config.rms_norm_eps,
-        )
-        self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        branch: Tensor,
-        stream: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Take and return what the branch before computed, and the stream it is to be added to."""
-        if stream is None:
-            hidden, stream = self.input_layernorm(branch), branch
-        else:
-            hidden, stream = self.input_layernorm(branch, residual=stream)
-        branch = self.self_attn(hidden, rotary, extend)
-        hidden, stream = self.post_attention_layernorm(branch, residual=stream)
-        return self.mlp(hidden), stream
-
-
-class FeedForward(nn.Module):
-    """Gated feed-forward layer."""
-
-    def __init__(self, config: CausalLMConfig) -> None:
-        super().__init__()
-        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(outer, inner, bias=bias)
-        self.up_proj = nn.Linear(outer, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, outer, bias=bias)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(glu(self.gate_proj(hidden), self.up_proj(hidden), self.activation))
-
-
-class Rotary(nn.Module):
-    """Cosines and sines of all positions, float32 whatever the dtype of the model.
-
-    Args:
-        head_dim: D.
-        theta: Base of the angles: pair i turns by position * theta^(-2i/D).
-        max_length: Number of positions.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, head_dim: int, theta: float, max_length: int) -> None:
-        super().__init__()
-        self.head_dim, self.theta, self.max_length = head_dim, theta, max_length
-        self._fill(None)
-
-    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """Tables ``(length, D/2)`` of the positions from ``start`` on.
-
-        Raises:
-            ValueError: The positions go beyond ``max_length``.
-        """
-        end = start + length
-        if end > self.max_length:
-            raise ValueError(
-                f"CausalLM: input must end within the context, {self.max_length} tokens, got {end}"
-            )
-        return self.cos[start:end], self.sin[start:end]
-
-    def _fill(self, device: torch.device | None) -> None:
-        # float32 throughout, as Hugging Face does: exact angles would be other angles
-        exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32)
-        frequencies = 1.0 / self.theta ** (exponents / self.head_dim)
-        positions = torch.arange(self.max_length, device=device, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
-        # model.to(bfloat16) must not round the angles, and to_empty() leaves them without values
-        device = fn(self.cos).device
-        self._fill(device)
-        return self
 
 
 def _check_ids(ids: Tensor, name: str) -> tuple[int, int]:

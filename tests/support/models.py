@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fastlm
@@ -20,6 +21,8 @@ SIZES = {
     "rope_theta": 5000.0,
     "rms_norm_eps": 1e-5,
 }
+# it has as many key heads as query heads, and they share its width
+GPT2 = {"model_type": "gpt2", "num_key_value_heads": None, "head_dim": None}
 
 
 def tiny_config(**changes: Any) -> fastlm.CausalLMConfig:
@@ -29,6 +32,13 @@ def tiny_config(**changes: Any) -> fastlm.CausalLMConfig:
 def tiny_model(**changes: Any) -> fastlm.CausalLM:
     """Weights wide enough that its distributions are far from uniform."""
     return fastlm.CausalLM(tiny_config(initializer_range=0.3, **changes))
+
+
+def scramble(model: torch.nn.Module) -> None:
+    """Change every parameter, also those that begin as zeros or ones."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
 def tiny_tokenizer() -> Tokenizer:
