@@ -180,6 +180,8 @@ def test_angles_are_found_wherever_files_keep_them(written):
     del values["rope_theta"], values["rope_parameters"]
     config = CausalLMConfig.from_dict({**values, **written})
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy({**values, **written}))
+    # as its model does when it is made
+    theirs.standardize_rope_params()
     rope = theirs.rope_parameters
     assert config.rope_theta == rope["rope_theta"] == 7e3
     if rope["rope_type"] == "default":

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.ahead import compiling_environment
+from support.models import tiny_config
 
 from fastlm.cli import FAILED, USAGE, _warm, main
 from fastlm.kernels import _runtime
@@ -135,6 +136,18 @@ def test_documents_and_padding_have_one_set_of_kernels(counted, sequences):
 def test_losses_of_any_number_of_rows_have_one_set_of_kernels(counted):
     names = ["backward_kernel", "bias_gradient_kernel", "forward_kernel"]
     assert sorted(counted["losses"].values()) == [*names, "gradient_kernel", "loss_kernel"]
+
+
+def test_layers_with_and_without_a_window_are_warmed():
+    kinds = ("sliding_attention", "full_attention")
+    config = tiny_config(model_type="qwen2", sliding_window=7, layer_types=kinds)
+    made = _warm.launches(config, "bfloat16", _runtime.modelled(90))
+    attended = [launch for launch in made if "HAS_WINDOW" in launch.constants]
+    assert {(launch.name, launch.constants["HAS_WINDOW"]) for launch in attended} == {
+        (name, has_window)
+        for name in ("forward_kernel", "dkdv_kernel", "dq_kernel")
+        for has_window in (False, True)
+    }
 
 
 # ---- the command
