@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm._errors import ArgumentError
-from fastlm.model.sampling import Sampling
+from fastlm.model.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
@@ -61,8 +61,17 @@ def decode(
     # the last token is never fed back
     cache = model.new_cache(batch, length + count - 1)
     logits = model(input_ids, cache=cache, logits_to_keep=1).logits
+    device = logits.device
+    generator = torch.Generator(device) if generator is None else generator
+    seeds = torch.randint(2**62, (batch,), generator=generator, device=device).tolist()
+    size = logits.shape[-1]
+    sampler = Sampler([sampling] * batch, seeds, vocab_size=size, max_draws=count, device=device)
+    steps = torch.zeros(batch, dtype=torch.int64, device=device)
     for left in reversed(range(count)):
-        tokens = sampling.draw(logits[:, -1], generator).to(input_ids.dtype)
+        tokens = sampler.draw(logits[:, -1], steps).to(input_ids.dtype)
+        if (tokens < 0).any():
+            raise FloatingPointError("generate: the model's logits are not finite")
+        steps += 1
         yield tokens, logits[:, -1]
         if left:
             logits = model(tokens[:, None], cache=cache).logits
