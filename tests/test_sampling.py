@@ -151,10 +151,11 @@ def test_agrees_with_the_processors_of_transformers():
         assert torch.equal(tokens, torch.searchsorted(sums, want, right=True)), only
 
 
-@pytest.mark.parametrize("rubbish", [-1, 1003, 2**62])
+@pytest.mark.parametrize("rubbish", [-1, 5, 1003, 2**62])
 def test_history_beyond_its_length_is_not_looked_at(rubbish, device):
     torch.manual_seed(2)
     logits = torch.randn(4, 1003, device=device)
+    logits[:, 5] = 9.0
     history = torch.randint(1003, (4, 30), device=device)
     lengths = torch.tensor([30, 0, 7, 1], device=device)
     rules = {"repetition_penalty": 3.0, "temperature": 1.0}
@@ -168,10 +169,22 @@ def test_history_beyond_its_length_is_not_looked_at(rubbish, device):
     assert torch.equal(got, torch.cat(want))
 
 
-def test_tokens_do_not_depend_on_the_batch(device):
+def test_ids_outside_the_vocabulary_are_passed_over(device):
+    logits = torch.tensor([3.0, 2.0, 1.0], device=device)
+    history = torch.tensor([[-1, 0, 3, -(2**62), 2**62]], device=device)
+    rules = {"repetition_penalty": 2.0}
+    assert draws(rules, [0], logits, history=history).item() == 1
+    assert draws(rules, [0], logits, history=history[:, 2:]).item() == 0
+
+
+# with all rules everything is sorted, without top_p as much as the largest top_k, or nothing
+@pytest.mark.parametrize("without", [None, "top_p", "top_k"])
+def test_tokens_do_not_depend_on_the_batch(without, device):
     torch.manual_seed(3)
-    size, count, requests = 1003, 6, 3 * len(ALL_RULES)
-    rules = [ALL_RULES[row % len(ALL_RULES)] for row in range(requests)]
+    some = [rules for rules in ALL_RULES if without not in rules and "top_p" not in rules]
+    some = some if without else ALL_RULES
+    size, count, requests = 1003, 6, 3 * len(some)
+    rules = [some[row % len(some)] for row in range(requests)]
     # few different values: many ties; and rows of a wider tensor
     logits = torch.randn(requests, 2, size, device=device).mul(4).round().div(4)[:, 1]
     history = torch.randint(size, (requests, 9), device=device)
@@ -219,9 +232,10 @@ def test_equal_logits_keep_exactly_k(device):
     # two above the ties
     logits = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0], device=device)
     assert set(draws({"top_k": 3}, range(200), logits, 5).flatten().tolist()) == {0, 1, 4}
-    # a fifth each
-    tokens = draws({"top_p": 0.5}, range(200), torch.zeros(5, device=device), count=5)
-    assert set(tokens.flatten().tolist()) == {0, 1, 2}
+    # two of four are half, and not less
+    for size, want in ((4, {0, 1}), (5, {0, 1, 2})):
+        tokens = draws({"top_p": 0.5}, range(200), torch.zeros(size, device=device), count=5)
+        assert set(tokens.flatten().tolist()) == want
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -265,6 +279,25 @@ def kept_by_definition(logits: Tensor, temperature, top_k, top_p, min_p) -> set[
         reached += probs[token]
     least = (min_p or 0.0) * (1 - 2.0**-50) * probs[order[0]]
     return {token for token in kept if probs[token] >= least}
+
+
+def test_a_large_vocabulary_biases_nothing(device):
+    torch.manual_seed(7)
+    logits = torch.randn(151_936, device=device)
+    tokens = draws({"temperature": 1.0}, [0], logits, count=300)[0]
+    sums = logits.cpu().double().softmax(-1).cumsum(-1)
+    assert torch.equal(tokens.cpu(), torch.searchsorted(sums, uniforms(0, 300), right=True))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1003, 2**17, 2**17 + 1])
+def test_sums_of_weights_are_exact_in_any_order(size, device):
+    logits = 8 * torch.randn(size, device=device)
+    made = sampler({}, [0], logits=logits)
+    assert made._weights(torch.zeros_like(logits)).sum() <= 2**53
+    weights = made._weights(logits - logits.amax())
+    total = math.fsum(weights.tolist())
+    for order in (weights, weights.flip(0), weights[torch.randperm(size, device=device)]):
+        assert order.cumsum(0)[-1].item() == total
 
 
 def test_no_token_of_probability_zero_at_either_end(device):
@@ -343,7 +376,7 @@ def test_greedy_alone_is_one_pass_over_the_logits(device):
     ("rules", "sorts"),
     [
         ([{"temperature": 1.0}, {"min_p": 0.1}, {"top_p": 1.0}, {"top_k": 0}, {}], set()),
-        ([{"temperature": 0.0, "top_k": 3, "top_p": 0.5}], set()),
+        ([{"temperature": 0.0, "top_k": 3, "top_p": 0.5}, {"temperature": 1.0}], set()),
         ([{"temperature": 1.0}, {"top_k": 7}], {"aten::topk"}),
         ([{"top_k": 3}, {"top_k": 7, "top_p": 0.5}], {"aten::topk"}),
         ([{"top_k": 3}, {"top_p": 0.5}], {"aten::sort"}),

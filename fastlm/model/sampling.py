@@ -172,7 +172,8 @@ class Sampler:
         Args:
             logits: ``(B, V)``, left as they are.
             steps: ``(B,)`` int64: how many tokens each row has drawn, from 0.
-            history: ``(B, S)`` token ids of prompt and continuation, where :attr:`needs_history`.
+            history: ``(B, S)`` token ids of prompt and continuation, where :attr:`needs_history`;
+                ids that are not in the vocabulary are passed over.
             lengths: ``(B,)``: how many tokens at the start of each row of ``history`` are there;
                 what follows is not looked at.  None for all S.
 
@@ -237,9 +238,8 @@ class Sampler:
         weights = self._weights(values)
         cumulative = weights.cumsum(dim=-1)
         limit = self._top_p * cumulative.gather(1, self._top_k - 1)
-        kept = (cumulative - weights < limit) & (self._places < self._top_k)
-        # no less than one, for rows of NaN
-        count = kept.sum(dim=-1, keepdim=True).clamp(min=1)
+        # from place top_k on, what is before is all there is; no less than one, for rows of NaN
+        count = (cumulative - weights < limit).sum(dim=-1, keepdim=True).clamp(min=1)
         least = values.gather(1, count - 1).masked_fill(self._keeps_all, -torch.inf)
         room = count - (values > least).sum(dim=-1, keepdim=True)
         ties = x == least
@@ -284,7 +284,6 @@ class Sampler:
             self._top_k = self._tensor([min(k, self._prefix) for k in top_k], torch.int64)[:, None]
             self._top_p = self._tensor(top_p, torch.float64)[:, None]
             self._keeps_all = self._tensor(keeps_all, torch.bool)[:, None]
-            self._places = torch.arange(self._prefix, device=self._device)
 
         self._only_most_likely = (
             self._greedy_alone and self._bias is None and not self.needs_history
@@ -301,7 +300,7 @@ class Sampler:
 
 def _divisor(rule: Sampling) -> float:
     # rounded to 0 or infinity it would make 0 / 0 of the maximum, or inf / inf of a banned token
-    temperature = 1.0 if rule.is_greedy or rule.temperature is None else rule.temperature
+    temperature = 1.0 if rule.temperature is None else rule.temperature
     return min(max(temperature, _FLOAT32.tiny), _FLOAT32.max)
 
 
