@@ -18,20 +18,27 @@ from fastlm.kernels import _runtime
 # Kernels here are interpreted, so a child counts those that a GPU would be given: every launch of a
 # real model is recorded, none runs, and Triton's runtime tells which are alike.
 COUNT = """
-import json, sys
+import functools, json, sys
 import torch, fastlm
 from support.models import tiny_config
 from support.poison import poisoned
 from fastlm.cli import _warm
-from fastlm.kernels import attention, cross_entropy, linear_cross_entropy
+from fastlm.kernels import (
+    attention, attention_with_kv_cache, cross_entropy, linear_cross_entropy
+)
 from fastlm.kernels._ahead import distinct
 from fastlm.kernels._launch import recorded
 from fastlm.kernels._runtime import modelled
+from fastlm.model import decode_step, generate
+from fastlm.model.kv_cache import KVCache
 from fastlm.ops import _dispatch
 
 _dispatch._KERNELS = ()  # auto asks kernels on CPU too
-for op in (attention, cross_entropy, linear_cross_entropy):
+for op in (attention, attention_with_kv_cache, cross_entropy, linear_cross_entropy):
     sys.modules[f"{op.__name__}.launch"].refuses_device = lambda *_: None
+# a GPU decodes by the modules, and finds lengths on the device
+KVCache._known_lengths = lambda cache: cache.seqlens
+generate.decode_step = lambda *args: functools.partial(decode_step._by_modules, *args)
 
 def keys(call):
     with poisoned(0), recorded(run=False) as log:
@@ -49,14 +56,16 @@ def step(batch, length, train=True):
     if train:
         loss.backward()
 
-def generate(batch, length):
+narrow = fastlm.CausalLM(config).bfloat16()
+
+def generates(model, batch, length):
     model.generate(torch.zeros(batch, length, dtype=torch.int64), max_new_tokens=3)
 
 def run(shapes):
     for shape in shapes:
         step(*shape)
         step(*shape, train=False)
-        generate(*shape)
+        generates(model, *shape)
 
 def packed(length, num_keys, documents):
     query, key = (torch.zeros(1, n, h, 16, requires_grad=True)
@@ -92,7 +101,7 @@ PACKED = [(1, 1, 1), (16, 33, 2), (33, 48, 17), (50, 16, 16)]  # lengths, docume
 warm = distinct(_warm.launches(config, "bfloat16", modelled(90)), 90)
 print(json.dumps({
     "one": keys(lambda: run([(2, 32)])),
-    "many": keys(lambda: run(SHAPES)),
+    "many": keys(lambda: [run(SHAPES), *(generates(narrow, *shape) for shape in SHAPES)]),
     "warm": {key: launch.name for key, (launch, _) in warm.items()},
     "packed": keys(lambda: [packed(*x) for x in PACKED]),
     "padded": keys(lambda: [padded(*x) for x in SHAPES[:5]]),
@@ -114,18 +123,23 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     return json.loads(child.stdout)
 
 
-def test_a_training_run_compiles_seven_kernels(counted):
-    # of attention once more forward, for generation in float32
-    names = sorted([*STEP, "forward_kernel", "gradient_kernel", "loss_kernel"])
+def test_a_training_run_compiles_nine_kernels(counted):
+    # of attention once more forward, for generation in float32, and two over a cache
+    decoding = ["append_kernel", "decode_kernel", "forward_kernel"]
+    names = sorted([*STEP, *decoding, "gradient_kernel", "loss_kernel"])
     assert sorted(counted["one"].values()) == names
 
 
-def test_other_batches_and_lengths_compile_nothing_more(counted):
-    assert counted["many"] == counted["one"]
+def test_other_batches_and_lengths_compile_only_long_caches_and_another_dtype(counted):
+    more = sorted(name for key, name in counted["many"].items() if key not in counted["one"])
+    # keys divided among programs in float32; in bfloat16 both ways and the append
+    long = ["combine_kernel", "decode_kernel"]
+    assert more == sorted([*long, *long, "append_kernel", "decode_kernel"])
+    assert counted["one"].keys() < counted["many"].keys()
 
 
 def test_warm_compiles_what_the_model_launches(counted):
-    assert counted["warm"] == counted["one"]
+    assert counted["warm"] == counted["many"]
 
 
 @pytest.mark.parametrize("sequences", ["packed", "padded"])

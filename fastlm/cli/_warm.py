@@ -116,6 +116,8 @@ def launches(config: CausalLMConfig, dtype: str, device: Device) -> list[Launch]
         _attend(config, training, trains=True)
         _score(config, training)
         _attend(config, torch.float32, trains=False)
+        for of_model in dict.fromkeys((training, torch.float32)):
+            _decode(config, of_model)
     return log
 
 
@@ -138,6 +140,33 @@ def _attend(config: CausalLMConfig, dtype: torch.dtype, *, trains: bool) -> None
         out, lse = attention.forward(*inputs, *options)
         if trains and too_wide(BACKWARD, query, value) is None:
             attention.backward(out, None, *inputs, out, lse, *options, True, True, False)
+
+
+def _decode(config: CausalLMConfig, dtype: torch.dtype) -> None:
+    """A token of every sequence over a cache."""
+    import torch
+
+    from fastlm.kernels import attention_with_kv_cache
+    from fastlm.kernels.attention_with_kv_cache.launch import forward_refuses
+    from fastlm.kernels.attention_with_kv_cache.tuning import SPLIT_KEYS
+
+    def empty(tokens: int, heads: int) -> torch.Tensor:
+        return torch.empty((2, tokens, heads, config.head_size), dtype=dtype, device="meta")
+
+    heads = config.num_kv_heads
+    new = empty(1, heads), empty(1, heads)
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    # a cache whose keys one program reads, and one whose keys are divided
+    for room in (SPLIT_KEYS, 2 * SPLIT_KEYS):
+        tables = [torch.empty(room, config.head_size // 2, device="meta") for _ in range(2)]
+        for window in dict.fromkeys(config.windows):
+            inputs = (
+                empty(1, config.num_attention_heads), empty(room, heads), empty(room, heads),
+                *new, lengths, None, *((None, None) if config.model_type == "gpt2" else tables),
+                None, 0, False, config.head_size**-0.5, window, None, None,
+            )  # fmt: skip
+            if forward_refuses(*inputs) is None:
+                attention_with_kv_cache.forward(*inputs)
 
 
 def _score(config: CausalLMConfig, dtype: torch.dtype) -> None:

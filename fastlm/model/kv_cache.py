@@ -132,13 +132,16 @@ class KVCache:
                 query, key = apply_rotary(query, key, cos[:tokens], sin[:tokens])
             keys[:, :tokens], values[:, :tokens] = key, value
             return cast(Tensor, causal_attention(query, key, value, window_size=window_size))
-        is_even = query.is_cpu and len(set(self.lengths)) == 1
         out = attention_with_kv_cache(
-            query, keys, values, key=key, value=value,
-            cache_seqlens=self.lengths[0] if is_even else self.seqlens,
+            query, keys, values, key=key, value=value, cache_seqlens=self._known_lengths(),
             rotary_cos=cos, rotary_sin=sin, window_size=window_size,
         )  # fmt: skip
         return cast(Tensor, out)
+
+    def _known_lengths(self) -> int | Tensor:
+        """One number for all on a CPU, where that is faster; a CUDA graph must find them there."""
+        alike = self.keys.is_cpu and len(set(self.lengths)) == 1
+        return self.lengths[0] if alike else self.seqlens
 
     def store(
         self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor

@@ -10,7 +10,7 @@ import triton.language as tl
 from .cache import load_turned, pages_exist, row_length, token_offsets
 
 # what varies from call to call: Triton would compile anew for 1, and for multiples of 16
-LENGTHS = ["num_queries", "cache_length", "capacity", "max_pages", "num_pages"]
+LENGTHS = ["num_queries", "cache_length", "capacity", "max_pages", "page_size", "num_pages"]
 
 
 @triton.jit(do_not_specialize=LENGTHS)

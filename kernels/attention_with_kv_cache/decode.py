@@ -26,8 +26,8 @@ from .cache import load_turned, pages_exist, row_length, token_offsets
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # what varies from call to call: Triton would compile anew for 1, and for multiples of 16
 LENGTHS = [
-    "batch_kv_heads", "num_queries", "cache_length", "capacity", "max_pages", "num_pages", "window",
-    "parts", "splits",
+    "batch_kv_heads", "num_queries", "cache_length", "capacity", "max_pages", "page_size",
+    "num_pages", "window", "parts", "splits",
 ]  # fmt: skip
 
 
