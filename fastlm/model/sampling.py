@@ -185,11 +185,10 @@ class Sampler:
                 f"Sampler: logits must be {(len(self._samplings), self._vocab_size)}, "
                 f"got {tuple(logits.shape)}"
             )
-        if self._only_most_likely:
-            # this one pass over the logits is all
-            tokens = logits.argmax(dim=-1)
-            best = logits.gather(-1, tokens[:, None])[:, 0]
-            return tokens.masked_fill(~best.isfinite(), NO_TOKEN)
+        if self._changes_nothing and self._greedy_alone:
+            # finds NaN and infinity too, in a fraction of the time that argmax takes
+            finite = logits.amax(dim=-1).isfinite()
+            return torch.where(finite, logits.argmax(dim=-1), NO_TOKEN)
         x = logits if logits.dtype == torch.float64 else logits.float()
         if self._bias is not None:
             x = x.scatter_add(-1, self._biased, self._bias.to(x.dtype))
@@ -197,17 +196,21 @@ class Sampler:
             if history is None:
                 raise ValueError("Sampler: history must be given for a repetition penalty")
             x = _penalised(x, self._penalty.to(x.dtype), history, lengths)
-        best, tokens = x.max(dim=-1)
-        if not self._greedy_alone:
-            x = x - best[:, None]
-            x = x if self._temperature is None else x / self._temperature.to(x.dtype)
-            tokens = torch.where(self._greedy, tokens, self._sampled(x, steps))
+        best = x.amax(dim=-1)
+        if self._greedy_alone:
+            tokens = x.argmax(dim=-1)
+        else:
+            tokens = self._sampled(x, best, steps)
+            if self._greedy is not None:
+                tokens = torch.where(self._greedy, x.argmax(dim=-1), tokens)
         # after the last draw, and where NaN is, what was drawn is V
-        fails = ~best.isfinite() | (tokens == self._vocab_size)
-        return tokens.masked_fill(fails, NO_TOKEN)
+        holds = best.isfinite() & (tokens < self._vocab_size)
+        return torch.where(holds, tokens, NO_TOKEN)
 
-    def _sampled(self, x: Tensor, steps: Tensor) -> Tensor:
-        """From logits ``(B, V)`` whose maximum is 0."""
+    def _sampled(self, x: Tensor, best: Tensor, steps: Tensor) -> Tensor:
+        """From logits ``(B, V)`` and their maxima ``(B,)``."""
+        x = x - best[:, None]
+        x = x if self._temperature is None else x / self._temperature.to(x.dtype)
         weights = self._weights(x)
         if self._prefix:
             weights = weights.masked_fill(~self._most_likely(x), 0.0)
@@ -252,9 +255,9 @@ class Sampler:
             replace(rule, top_k=None, top_p=None, min_p=None) if rule.is_greedy else rule
             for rule in self._samplings
         ]
-        sampled = [not rule.is_greedy for rule in rules]
-        self._greedy_alone = not any(sampled)
-        self._greedy = ~self._tensor(sampled, torch.bool)
+        greedy = [rule.is_greedy for rule in rules]
+        self._greedy_alone = all(greedy)
+        self._greedy = self._tensor(greedy, torch.bool) if any(greedy) else None
 
         self._temperature = self._column([_divisor(rule) for rule in rules], nothing=1.0)
         self._penalty = self._column([rule.repetition_penalty or 1.0 for rule in rules], 1.0)
@@ -285,9 +288,7 @@ class Sampler:
             self._top_p = self._tensor(top_p, torch.float64)[:, None]
             self._keeps_all = self._tensor(keeps_all, torch.bool)[:, None]
 
-        self._only_most_likely = (
-            self._greedy_alone and self._bias is None and not self.needs_history
-        )
+        self._changes_nothing = self._bias is None and self._penalty is None
 
     def _column(self, values: list[float], nothing: float) -> Tensor | None:
         if all(value == nothing for value in values):
