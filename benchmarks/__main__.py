@@ -24,6 +24,7 @@ from fastlm.benchmarks._harness import REGISTRY, Benchmark, Ceilings
 OPS = {
     "attention": "attention",
     "attention_options": "attention",
+    "attention_with_kv_cache": "attention_with_kv_cache",
     "cross_entropy": "loss",
     "linear_cross_entropy": "loss",
 }

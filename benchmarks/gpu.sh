@@ -29,6 +29,7 @@ test-compat                  |  60 | 240 | run_tests tests/test_compat*.py
 test-ahead_of_time           |  60 | 300 | run_tests tests/test_ahead_of_time.py
 time-attention               | 150 | 580 | run_benchmark attention
 time-attention_options       | 150 | 580 | run_benchmark attention_options
+time-attention_with_kv_cache | 100 | 400 | run_benchmark attention_with_kv_cache
 time-cross_entropy           | 120 | 400 | run_benchmark cross_entropy
 time-linear_cross_entropy    | 150 | 580 | run_benchmark linear_cross_entropy
 PLAN

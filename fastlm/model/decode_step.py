@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastlm.model.blocks import ACTIVATION_FUNCTIONS, Block
 from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.kv_cache import KVCache
-from fastlm.model.products import few_rows
+from fastlm.model.products import FewRows
 from fastlm.nn import RMSNorm
 from fastlm.ops import _checked
 
@@ -68,6 +68,9 @@ class DirectStep:
         self._tables = None if decoder.rotary is None else decoder.rotary.tables
         self._layers = [_layer(index, block) for index, block in enumerate(decoder.layers)]
         self._norm, self._head = _norm(decoder.norm), _product(model.lm_head)
+        self._turn = None if self._tables is None else _Turn(self._tables, cache.keys.dtype)
+        # the caches of each layer as attention takes them, while the batch is of this size
+        self._batch, self._heads_first = -1, list[tuple[Tensor, Tensor]]()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         batch, count = tokens.shape
@@ -95,39 +98,52 @@ class DirectStep:
     def _attending_alike(self) -> _Attend:
         """A token of every sequence, all of one length: what is asked of most steps."""
         cache = self._cache
-        at = cache.length
-        cos, sin = _row(self._tables, at, cache.keys.dtype)
+        if self._batch != cache.batch:
+            self._batch = cache.batch
+            self._heads_first = [
+                (keys.transpose(1, 2), values.transpose(1, 2))
+                for keys, values in zip(cache.keys, cache.values, strict=True)
+            ]
+        views, at = self._heads_first, cache.length
+        turn = None if self._turn is None else self._turn(at)
 
         def attend(
             layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
         ) -> Tensor:
-            if cos is not None and sin is not None:
-                query, key = _turned(query, cos, sin), _turned(key, cos, sin)
-            keys, values = cache.keys[layer], cache.values[layer]
-            keys[:, at], values[:, at] = key[:, 0], value[:, 0]
-            seen = slice(0 if window is None else max(0, at + 1 - window), at + 1)
+            if turn is not None:
+                query, key = query @ turn, key @ turn
+            keys, values = views[layer]
+            keys.select(2, at).copy_(key[:, 0])
+            values.select(2, at).copy_(value[:, 0])
+            first = 0 if window is None else max(0, at + 1 - window)
+            count = at + 1 - first
             out = F.scaled_dot_product_attention(
-                query.transpose(1, 2), keys[:, seen].transpose(1, 2),
-                values[:, seen].transpose(1, 2), enable_gqa=query.shape[2] != key.shape[2],
+                query.transpose(1, 2), keys.narrow(2, first, count),
+                values.narrow(2, first, count), enable_gqa=query.shape[2] != key.shape[2],
             )  # fmt: skip
             return out.transpose(1, 2)
 
         return attend
 
 
-def _row(
-    tables: tuple[Tensor, Tensor] | None, at: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Cosines and signed sines ``(D,)`` of one position, for both halves of a head."""
-    if tables is None:
-        return None, None
-    cos, sin = tables[0][at].to(dtype), tables[1][at].to(dtype)
-    return torch.cat((cos, cos)), torch.cat((-sin, sin))
+class _Turn:
+    """Rotation to a position as one small matrix product, whose matrix all layers share."""
 
+    def __init__(self, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        self._cos, self._sin = tables
+        half = self._cos.shape[1]
+        self._matrix = torch.zeros(2 * half, 2 * half, dtype=dtype)
+        # channel c becomes cos x[c] - sin x[c + D/2], and channel c + D/2 cos x[c + D/2] + sin x[c]
+        self._diagonal = self._matrix.diagonal().view(2, half)
+        self._below, self._above = self._matrix.diagonal(-half), self._matrix.diagonal(half)
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return swapped.mul_(sin).addcmul_(x, cos)
+    def __call__(self, at: int) -> Tensor:
+        """``(D, D)``, to be multiplied with rows from the right; the next call writes it over."""
+        sin = self._sin[at]
+        self._diagonal.copy_(self._cos[at])
+        self._above.copy_(sin)
+        torch.neg(self._above, out=self._below)
+        return self._matrix
 
 
 def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
@@ -171,20 +187,21 @@ def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
 
 def _product(module: nn.Module) -> _Map:
     if type(module) is nn.Linear and module.weight.is_contiguous():
-        return functools.partial(few_rows, weight=module.weight, bias=module.bias)
+        return FewRows(module.weight, module.bias)
     return module
 
 
 def _norm(module: nn.Module) -> _Map:
-    """RMSNorm in six calls: the mean's division goes into the weight and eps."""
+    """RMSNorm in five calls: what the mean divides by is in the weight and eps instead."""
     if type(module) is not RMSNorm:
         return module
     size = len(module.weight)
     weight = (module.weight + module.weight_offset) * math.sqrt(size)
-    eps = module.eps * size
+    # a number would be made a tensor in every call
+    eps = weight.new_tensor(module.eps * size)
 
     def run(x: Tensor) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return torch.mul(x, squares.add_(eps).rsqrt_()).mul_(weight)
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.mul(x, torch.addcmul(eps, norms, norms).rsqrt_()).mul_(weight)
 
     return run

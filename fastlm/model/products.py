@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # More rows than these are a matrix product that libraries divide among threads themselves.
@@ -11,7 +12,7 @@ MOST_ROWS = 16
 _FEW_ELEMENTS = 1 << 16
 
 
-def few_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class FewRows:
     """``input @ weight.T + bias`` for a few rows on a CPU.
 
     BLAS libraries give a product with a vector, or with a few, to one thread, which cannot draw on
@@ -19,19 +20,28 @@ def few_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     there are threads, without a copy: a batch of products, which they do divide.
 
     Args:
-        input: ``(R, C)``.
-        weight: ``(N, C)``, contiguous.
+        weight: ``(N, C)``, contiguous; it is read when the product is called.
         bias: ``(N,)``.
-
-    Returns:
-        ``(R, N)``.
     """
-    blocks = torch.get_num_threads()
-    size, width = weight.shape
-    rows = input.shape[0]
-    if rows > MOST_ROWS or size % blocks or blocks == 1 or weight.numel() < _FEW_ELEMENTS:
-        return torch.nn.functional.linear(input, weight, bias)
-    columns = input.t().expand(blocks, width, rows)
-    out = torch.bmm(weight.view(blocks, size // blocks, width), columns)
-    out = out.view(size, rows).t()
-    return out if bias is None else out + bias
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+        size, width = weight.shape
+        blocks = torch.get_num_threads()
+        self._blocks: Tensor | None = None
+        if blocks > 1 and size % blocks == 0 and weight.numel() >= _FEW_ELEMENTS:
+            self._blocks = weight.view(blocks, size // blocks, width)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """``(R, C)`` to ``(R, N)``."""
+        rows = input.shape[0]
+        if rows > MOST_ROWS:
+            return F.linear(input, self._weight, self._bias)
+        if self._blocks is not None:
+            columns = input.t().expand(self._blocks.shape[0], -1, rows)
+            out = torch.bmm(self._blocks, columns).view(-1, rows).t()
+        elif rows == 1:
+            out = torch.mv(self._weight, input[0])[None]
+        else:
+            return F.linear(input, self._weight, self._bias)
+        return out if self._bias is None else out + self._bias

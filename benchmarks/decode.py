@@ -1,0 +1,204 @@
+"""Tokens a second of a whole model that generates, beside transformers' generate.
+
+    python benchmarks/decode.py --device cpu --json decode.json
+
+All have the same random weights, take the same prompts and decode greedily; logits of the two
+models are compared first.  ``products`` are the matrix products of a token alone, as fastlm does
+them.  Times are taken in turns in one process, and are those of all: prompt, products, sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastlm
+from fastlm.benchmarks import _harness, _report
+from fastlm.model.products import FewRows
+
+PROMPT = 16
+PROVIDERS = ("transformers", "transformers.static", "fastlm", "products")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# prompts ``(B, T)``, and how many tokens are to follow each
+Call = Callable[[Tensor, int], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model, how many prompts at once, and how many tokens each is continued by."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    batches: tuple[int, ...]
+    new_tokens: int
+
+    def config(self) -> fastlm.CausalLMConfig:
+        return fastlm.CausalLMConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=3 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            model_type="llama",
+        )
+
+
+SIZES = {
+    "cpu": {
+        "1M": Size(128, 4, 4, 4, 1024, (1, 8), 200),
+        "60M": Size(512, 13, 8, 4, 32_000, (1, 8), 32),
+    },
+    "cuda": {
+        "1M": Size(128, 4, 4, 4, 1024, (1, 64), 200),
+        "60M": Size(512, 13, 8, 4, 32_000, (1, 64), 200),
+        # as wide as an 8B model
+        "2.5B": Size(4096, 8, 32, 8, 128_256, (1, 16, 64), 100),
+    },
+}
+
+
+def providers(size: Size, device: str, dtype: torch.dtype, only: list[str]) -> dict[str, Call]:
+    """Name to what is timed.
+
+    Raises:
+        AssertionError: The two models do not give the same logits.
+    """
+    torch.manual_seed(0)
+    model = fastlm.CausalLM(size.config()).to(device, dtype)
+    calls: dict[str, Call] = {"fastlm": model.generate}
+    if "products" in only and device == "cpu":
+        calls["products"] = functools.partial(_products, model)
+    if any(name.startswith("transformers") for name in only):
+        theirs = _theirs(model)
+        ids = torch.randint(size.vocab, (2, PROMPT), device=device)
+        with torch.inference_mode():
+            tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(
+                model(ids).logits, theirs(ids).logits, rtol=tolerance, atol=tolerance
+            )
+        calls["transformers"] = functools.partial(_generated, theirs, "dynamic")
+        calls["transformers.static"] = functools.partial(_generated, theirs, "static")
+    return {name: calls[name] for name in only if name in calls}
+
+
+def _theirs(model: fastlm.CausalLM) -> nn.Module:
+    import transformers
+
+    values = transformers.AutoConfig.for_model(**model.config.to_dict())
+    theirs = transformers.AutoModelForCausalLM.from_config(values, attn_implementation="sdpa")
+    theirs.load_state_dict(model.state_dict())
+    return theirs.to(model.lm_head.weight).eval()
+
+
+def _generated(model: Any, cache: str, prompts: Tensor, new_tokens: int) -> object:
+    """transformers compiles the model itself where it finds that the cache allows it."""
+    return model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0,
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, cache_implementation=cache,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _products(model: fastlm.CausalLM, prompts: Tensor, new_tokens: int) -> None:
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    inputs = [torch.randn(len(prompts), weight.shape[1]) for weight in weights]
+    products = [FewRows(weight) for weight in weights]
+    for _ in range(new_tokens):
+        for product, x in zip(products, inputs, strict=True):
+            product(x)
+
+
+def measure(
+    calls: dict[str, Call], prompts: Tensor, new_tokens: int, rounds: int
+) -> dict[str, list[float]]:
+    """Tokens a second of all rows together, of each round."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(prompts, 4)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            _wait(prompts)
+            start = time.perf_counter()
+            call(prompts, new_tokens)
+            _wait(prompts)
+            rates[name].append(len(prompts) * new_tokens / (time.perf_counter() - start))
+    return rates
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=list(SIZES), default=default)
+    parser.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--size", nargs="+", help="of those of the device; all by default")
+    parser.add_argument("--only", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    device = options.device
+    sizes = SIZES[device]
+    name_of_dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
+    ceilings = _harness.measure_ceilings(device, [DTYPES[name_of_dtype]])
+    env = _report.environment(device, ceilings)
+    print(f"{_report.heading(env)}\n{torch.get_num_threads()} threads, {name_of_dtype}")
+    print(f"{'model':6}{'batch':>6}  {'provider':20}{'tokens/s':>10}{'p20':>9}{'p80':>9}{'GB/s':>8}")
+    rows: list[dict[str, Any]] = []
+    for name in options.size or sizes:
+        size = sizes[name]
+        calls = providers(size, device, DTYPES[name_of_dtype], options.only)
+        weights = sum(p.numel() for p in fastlm.CausalLM(size.config()).parameters())
+        for batch in size.batches:
+            prompts = torch.randint(size.vocab, (batch, PROMPT), device=device)
+            for provider, rates in measure(
+                calls, prompts, size.new_tokens, options.rounds
+            ).items():
+                low, middle, high = (
+                    statistics.quantiles(rates, n=10, method="inclusive")[at] for at in (1, 4, 7)
+                )
+                # every weight is read once for a token of all rows; the tied embedding as the head
+                bytes_read = weights * DTYPES[name_of_dtype].itemsize
+                gbps = bytes_read * middle / batch / 1e9
+                rows.append({
+                    "op": "generate",
+                    "mode": "decode",
+                    "provider": provider,
+                    "shape": {
+                        "model": name, "parameters": weights, "B": batch, "prompt": PROMPT,
+                        "new_tokens": size.new_tokens,
+                    },
+                    "dtype": name_of_dtype,
+                    "tokens_per_second_p20": low,
+                    "tokens_per_second_p50": middle,
+                    "tokens_per_second_p80": high,
+                    "gbps": gbps,
+                })  # fmt: skip
+                print(
+                    f"{name:6}{batch:6}  {provider:20}{middle:10.1f}{low:9.1f}{high:9.1f}{gbps:8.1f}",
+                    flush=True,
+                )
+    if options.json:
+        _report.save(Path(options.json), env, rows)
+
+
+if __name__ == "__main__":
+    main()
