@@ -161,7 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
     ceilings = _harness.measure_ceilings(device, [DTYPES[name_of_dtype]])
     env = _report.environment(device, ceilings)
     print(f"{_report.heading(env)}\n{torch.get_num_threads()} threads, {name_of_dtype}")
-    print(f"{'model':6}{'batch':>6}  {'provider':20}{'tokens/s':>10}{'p20':>9}{'p80':>9}{'GB/s':>8}")
+    print(
+        f"{'model':6}{'batch':>6}  {'provider':20}{'tokens/s':>10}{'p20':>9}{'p80':>9}{'GB/s':>8}"
+    )
     rows: list[dict[str, Any]] = []
     for name in options.size or sizes:
         size = sizes[name]
@@ -169,9 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         weights = sum(p.numel() for p in fastlm.CausalLM(size.config()).parameters())
         for batch in size.batches:
             prompts = torch.randint(size.vocab, (batch, PROMPT), device=device)
-            for provider, rates in measure(
-                calls, prompts, size.new_tokens, options.rounds
-            ).items():
+            for provider, rates in measure(calls, prompts, size.new_tokens, options.rounds).items():
                 low, middle, high = (
                     statistics.quantiles(rates, n=10, method="inclusive")[at] for at in (1, 4, 7)
                 )

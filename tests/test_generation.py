@@ -66,9 +66,9 @@ def test_a_ragged_batch_gives_each_prompt_the_tokens_it_gets_alone(rules, device
     got = model.generate(batch, 30, seed=seed, **options)
     differ = 0
     for row, prompt in enumerate(batch):
-        alone = model.generate(
-            [prompt], 30, seed=None if seed is None else seed + row, **options
-        )[0].tolist()
+        alone = model.generate([prompt], 30, seed=None if seed is None else seed + row, **options)[
+            0
+        ].tolist()
         differ += excused(model, got[row, : len(alone)].tolist(), alone, len(prompt))
     print(f"{differ} of {len(batch)} rows excused as ties")
     assert differ <= 1
@@ -132,9 +132,7 @@ def test_prompts_that_are_equal_are_read_once_and_drawn_apart(device):
     prompt = prompts()[1]
     seen = []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
-    got = model.generate(
-        [prompt, [1, 2]], 12, temperature=1.0, seed=3, num_return_sequences=3
-    )
+    got = model.generate([prompt, [1, 2]], 12, temperature=1.0, seed=3, num_return_sequences=3)
     assert seen[0] == len(prompt) + 2
     assert got.shape == (6, len(prompt) + 12)
     assert len({tuple(row) for row in got[:3].tolist()}) == 3
@@ -177,7 +175,9 @@ def test_a_batch_of_texts_is_what_each_text_gives(lm):
     assert got[0].ids == tuple(item.id for item in items)
     assert got[0].finish == items[-1].finish
     assert got[0].logprob == pytest.approx(sum(item.logprob for item in items), abs=1e-3)
-    assert lm.generate_batch(["the"], 0)[0] == fastlm.inference.completion.Completion("", (), "length")
+    assert lm.generate_batch(["the"], 0)[0] == fastlm.inference.completion.Completion(
+        "", (), "length"
+    )
 
 
 @pytest.mark.parametrize("guesses", [0, 4])

@@ -36,10 +36,19 @@ class GenerateOptions:
     """Draw from the most likely tokens that together reach this probability."""
     min_p: float | None = None
     """Draw from the tokens at least this fraction as likely as the most likely."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that were there less likely."""
+    logit_bias: dict[int, float] | None = None
+    """Token ids and what is added to their logits: 11 2.5 13 -inf."""
     seed: int | None = None
     """Equal seeds give equal text."""
     stop: tuple[str, ...] = ()
     """Strings to end before."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the text, besides those of the model."""
+    prompt_lookup_num_tokens: int = 0
+    """Guess up to this many tokens ahead where the text repeats itself: faster there, and the same
+    text but for rounding."""
 
     def __post_init__(self) -> None:
         # before the model is read; what torch need not judge is judged by generate itself

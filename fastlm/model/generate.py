@@ -143,7 +143,9 @@ class Generation:
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
         # the last token is never fed back, unless the loop runs ahead
         room = longest if self._runs_ahead else longest - 1
-        self._cache = model.new_cache(len(requests), min(room, model.config.max_position_embeddings))
+        self._cache = model.new_cache(
+            len(requests), min(room, model.config.max_position_embeddings)
+        )
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         sources = [prompts.index(request.prompt) for request in requests]
         first = self._cache.first(len(prompts))

@@ -1,0 +1,201 @@
+"""The step that decoding repeats: without modules on a CPU, as a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+
+import pytest
+import torch
+from support.models import scramble, tiny_model
+
+import fastlm
+from fastlm.model import graphed_step
+from fastlm.model.decode_step import DirectStep, _by_modules, decode_step
+from fastlm.model.graphed_step import GraphedStep
+from fastlm.model.prefill import prefill
+from fastlm.model.products import MOST_ROWS, FewRows
+from fastlm.testing import assert_as_accurate
+
+MODELS = {
+    "qwen3": {},
+    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "one head of keys": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 6},
+    "window": {
+        "model_type": "qwen2", "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention"),
+    },
+    "tied": {"tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "num_key_value_heads": 4, "head_dim": 8, "hidden_act": "gelu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("lengths", [(7,), (6, 6, 6), (1, 9, 4)])
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_a_step_gives_the_logits_of_the_modules(name, lengths, threads, monkeypatch):
+    monkeypatch.setattr("fastlm.model.products._FEW_ELEMENTS", 0)
+    model = tiny_model(**MODELS[name])
+    scramble(model)
+    prompts = [torch.randint(320, (length,)).tolist() for length in lengths]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for each in (model, model, copy.deepcopy(model).double()):
+            cache = each.new_cache(len(lengths), 32)
+            prefill(each, prompts, cache)
+            direct = not results
+            step = (
+                decode_step(each, cache) if direct else functools.partial(_by_modules, each, cache)
+            )
+            assert not direct or isinstance(step, DirectStep)
+            ids = torch.randint(
+                320, (3, len(lengths), 2), generator=torch.Generator().manual_seed(1)
+            )
+            # one token and then one more, and a step of two
+            parts = [step(ids[0, :, :1]), step(ids[1, :, :1]), step(ids[2])]
+            results.append(torch.cat(parts, 1))
+            assert cache.lengths == [length + 4 for length in lengths] == cache.seqlens.tolist()
+    finally:
+        torch.set_num_threads(before)
+    got, plain, truth = results
+    assert_as_accurate("logits", got, plain=plain, truth=truth)
+
+
+@torch.inference_mode()
+def test_a_step_follows_rows_that_leave():
+    model = tiny_model()
+    prompts = [torch.randint(320, (5,)).tolist() for _ in range(3)]
+    cache = model.new_cache(3, 16)
+    prefill(model, prompts, cache)
+    step = decode_step(model, cache)
+    first = torch.randint(320, (3, 1))
+    step(first)
+    cache.keep([2, 1])
+    second = torch.randint(320, (2, 1))
+    got = step(second)
+    for row, prompt in ((0, 2), (1, 1)):
+        ids = [*prompts[prompt], int(first[prompt]), int(second[row])]
+        want = model(torch.tensor([ids])).logits[0, -1]
+        torch.testing.assert_close(got[row, 0], want)
+
+
+@torch.inference_mode()
+def test_a_step_beyond_the_cache_is_refused():
+    model = tiny_model()
+    cache = model.new_cache(1, 3)
+    prefill(model, [[1, 2, 3]], cache)
+    with pytest.raises(ValueError, match="input must fit in the 0 of 3 tokens"):
+        decode_step(model, cache)(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_whoever_watches_modules_sees_them():
+    model = tiny_model()
+    cache = model.new_cache(1, 8)
+    assert isinstance(decode_step(model, cache), DirectStep)
+    with fastlm.checked():
+        assert not isinstance(decode_step(model, cache), DirectStep)
+    handle = model.model.norm.register_forward_hook(lambda *_: None)
+    assert not isinstance(decode_step(model, cache), DirectStep)
+    handle.remove()
+    assert not isinstance(decode_step(model, model.bfloat16().new_cache(1, 8)), DirectStep)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize(("size", "threads"), [(48, 1), (48, 2), (48, 3), (47, 2)])
+def test_products_of_few_rows_are_as_accurate_as_one_product(
+    size, threads, rows, bias, monkeypatch
+):
+    monkeypatch.setattr("fastlm.model.products._FEW_ELEMENTS", 0)
+    weight, x = torch.randn(size, 40), torch.randn(rows, 40)
+    vector = torch.randn(size) if bias else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = FewRows(weight, vector)(x)
+    finally:
+        torch.set_num_threads(before)
+    plain = torch.nn.functional.linear(x, weight, vector)
+    truth = torch.nn.functional.linear(
+        x.double(), weight.double(), None if vector is None else vector.double()
+    )
+    assert_as_accurate("product", got, plain=plain, truth=truth)
+
+
+class Graph:
+    """A CUDA graph as the CPU can play it: replay runs what was captured, and the host does not."""
+
+    captured = 0
+
+    def replay(self) -> None:
+        self.run()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's part in a capture."""
+
+    @contextlib.contextmanager
+    def captures(graph, pool):
+        assert pool == "pool"
+        Graph.captured += 1
+        yield
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    for name, fake in {
+        "CUDAGraph": Graph, "graph": captures, "Stream": Stream, "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(), "graph_pool_handle": lambda: "pool",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(graphed_step.torch.cuda, name, fake)
+    monkeypatch.setattr(Graph, "captured", 0)
+    original = GraphedStep._captured
+
+    def captured(self, bucket):
+        graph, inputs, logits = original(self, bucket)
+        whole = self._whole
+        # a capture runs nothing
+        whole.seqlens[:bucket] -= 1
+
+        def run():
+            # on the memory that was captured, and without a word to the host
+            rows = whole.first(bucket)
+            rows.set_lengths(rows.seqlens.tolist())
+            logits.copy_(self.step_of(rows)(inputs))
+
+        graph.run = run
+        return graph, inputs, logits
+
+    monkeypatch.setattr(GraphedStep, "_captured", captured)
+
+
+@torch.inference_mode()
+def test_a_graph_serves_growing_lengths_and_rows_that_leave(graphs, monkeypatch):
+    model = tiny_model(num_key_value_heads=1)
+    prompts = [torch.randint(320, (length,)).tolist() for length in (3, 8, 1, 5, 2)]
+    cache = model.new_cache(5, 24)
+    prefill(model, prompts, cache)
+    step = GraphedStep(functools.partial(_by_modules, model, cache), cache)
+    step.step_of = lambda rows: functools.partial(_by_modules, model, rows)
+    texts = [list(prompt) for prompt in prompts]
+    buckets = []
+    for kept in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 4, 2, 3], [0, 3, 2], [2, 1], [0], [0]):
+        texts = [texts[row] for row in kept]
+        cache.keep(kept)
+        tokens = torch.randint(320, (len(kept), 1))
+        got = step(tokens)
+        assert got.shape == (len(kept), 1, 320)
+        for row, text in enumerate(texts):
+            text.append(int(tokens[row]))
+            want = model(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(got[row, 0], want)
+        assert cache.lengths == [len(text) for text in texts] == cache.seqlens.tolist()
+        buckets.append(Graph.captured)
+    # five rows, four, three in the graph of four, two, one
+    assert buckets == [1, 1, 2, 2, 3, 4, 4]
