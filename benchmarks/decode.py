@@ -192,10 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
                     "tokens_per_second_p80": high,
                     "gbps": gbps,
                 })  # fmt: skip
-                print(
-                    f"{name:6}{batch:6}  {provider:20}{middle:10.1f}{low:9.1f}{high:9.1f}{gbps:8.1f}",
-                    flush=True,
-                )
+                numbers = f"{middle:10.1f}{low:9.1f}{high:9.1f}{gbps:8.1f}"
+                print(f"{name:6}{batch:6}  {provider:20}{numbers}", flush=True)
     if options.json:
         _report.save(Path(options.json), env, rows)
 

@@ -5,7 +5,7 @@
 #
 # Runs the stages of the plan that fit into N seconds, each under its own limit.  A second call with
 # the same DIR goes on: stages that passed are skipped, stages never tried come before stages that
-# failed, benchmarks keep the cases they have.  A change of the source starts over.  DIR gets seven
+# failed, benchmarks keep the cases they have.  A change of the source starts over.  DIR gets eight
 # files at most.  Exits with 0 when every stage passed; a stage that was not run has not passed.
 #
 # --dry-run   print the plan and what would run, and touch nothing
@@ -23,6 +23,7 @@ self-test                    |  30 | 180 | run_self_test
 test-cross_entropy           |  60 | 240 | run_tests tests/test_cross_entropy*.py
 test-attention               |  60 | 360 | run_tests tests/test_attention.py tests/test_attention_[!sw]*.py tests/test_packing.py
 test-attention_with_kv_cache |  60 | 240 | run_tests tests/test_attention_with_kv_cache*.py tests/test_kv_cache.py
+test-generate                |  60 | 240 | run_tests tests/test_generat*.py tests/test_paged_kv_cache.py tests/test_sampling.py
 test-linear_cross_entropy    |  60 | 300 | run_tests tests/test_linear_cross_entropy*.py
 test-loss                    |  60 | 300 | run_tests tests/test_loss*.py tests/test_linear_top_k*.py
 test-compat                  |  60 | 240 | run_tests tests/test_compat*.py
@@ -32,6 +33,7 @@ time-attention_options       | 150 | 580 | run_benchmark attention_options
 time-attention_with_kv_cache | 100 | 400 | run_benchmark attention_with_kv_cache
 time-cross_entropy           | 120 | 400 | run_benchmark cross_entropy
 time-linear_cross_entropy    | 150 | 580 | run_benchmark linear_cross_entropy
+time-decode                  | 150 | 400 | run_decode
 PLAN
 }
 
@@ -53,6 +55,12 @@ run_tests() {
 
 run_benchmark() {
   "$python" benchmarks/run.py "$1" --device cuda --out "$out" --seconds "$((limit - 40))" $fresh
+}
+
+run_decode() {
+  # transformers may be missing
+  "$python" -c 'import transformers' 2>/dev/null && peers= || peers="--only fastlm"
+  "$python" benchmarks/decode.py --device cuda $peers --json "$out/decode.json"
 }
 
 usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }

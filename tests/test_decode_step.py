@@ -20,7 +20,9 @@ from fastlm.testing import assert_as_accurate
 
 MODELS = {
     "qwen3": {},
-    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "llama": {
+        "model_type": "llama", "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu",
+    },
     "one head of keys": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 6},
     "window": {
         "model_type": "qwen2", "sliding_window": 5,
@@ -31,38 +33,55 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("lengths", [(7,), (6, 6, 6), (1, 9, 4)])
-@pytest.mark.parametrize("name", MODELS)
-@torch.inference_mode()
-def test_a_step_gives_the_logits_of_the_modules(name, lengths, threads, monkeypatch):
-    monkeypatch.setattr("fastlm.model.products._FEW_ELEMENTS", 0)
-    model = tiny_model(**MODELS[name])
-    scramble(model)
-    prompts = [torch.randint(320, (length,)).tolist() for length in lengths]
+@contextlib.contextmanager
+def threads(count: int):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
-        results = []
-        for each in (model, model, copy.deepcopy(model).double()):
-            cache = each.new_cache(len(lengths), 32)
-            prefill(each, prompts, cache)
-            direct = not results
-            step = (
-                decode_step(each, cache) if direct else functools.partial(_by_modules, each, cache)
-            )
-            assert not direct or isinstance(step, DirectStep)
-            ids = torch.randint(
-                320, (3, len(lengths), 2), generator=torch.Generator().manual_seed(1)
-            )
-            # one token and then one more, and a step of two
-            parts = [step(ids[0, :, :1]), step(ids[1, :, :1]), step(ids[2])]
-            results.append(torch.cat(parts, 1))
-            assert cache.lengths == [length + 4 for length in lengths] == cache.seqlens.tolist()
+        yield
     finally:
         torch.set_num_threads(before)
-    got, plain, truth = results
-    assert_as_accurate("logits", got, plain=plain, truth=truth)
+
+
+@torch.inference_mode()
+def stepped(model, lengths, make):
+    """Logits of two steps of a token and one of two, by the step that ``make`` gives."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(320, (n,), generator=generator).tolist() for n in lengths]
+    cache = model.new_cache(len(lengths), 32)
+    prefill(model, prompts, cache)
+    step = make(model, cache)
+    ids = torch.randint(320, (len(lengths), 4), generator=generator)
+    parts = [step(part) for part in ids.split((1, 1, 2), dim=1)]
+    assert cache.lengths == [length + 4 for length in lengths] == cache.seqlens.tolist()
+    return torch.cat(parts, 1)
+
+
+def by_modules(model, cache):
+    return functools.partial(_by_modules, model, cache)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("lengths", [(7,), (6, 6, 6), (1, 9, 4)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_computes_what_the_modules_do(name, lengths, count, monkeypatch):
+    monkeypatch.setattr("fastlm.model.products._FEW_ELEMENTS", 0)
+    model = tiny_model(**MODELS[name]).double()
+    scramble(model)
+    with threads(count):
+        got = stepped(model, lengths, DirectStep)
+    want = stepped(model, lengths, by_modules)
+    # the angles' tables are float32 in both
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (6, 6, 6)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_as_accurate_as_the_modules(name, lengths):
+    model = tiny_model(**MODELS[name])
+    truth = stepped(copy.deepcopy(model).double(), lengths, by_modules)
+    plain = stepped(model, lengths, by_modules)
+    assert_as_accurate("logits", stepped(model, lengths, DirectStep), plain=plain, truth=truth)
 
 
 @torch.inference_mode()
@@ -106,19 +125,13 @@ def test_whoever_watches_modules_sees_them():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1])
-@pytest.mark.parametrize(("size", "threads"), [(48, 1), (48, 2), (48, 3), (47, 2)])
-def test_products_of_few_rows_are_as_accurate_as_one_product(
-    size, threads, rows, bias, monkeypatch
-):
+@pytest.mark.parametrize(("size", "count"), [(48, 1), (48, 2), (48, 3), (47, 2)])
+def test_products_of_few_rows_are_as_accurate_as_one_product(size, count, rows, bias, monkeypatch):
     monkeypatch.setattr("fastlm.model.products._FEW_ELEMENTS", 0)
     weight, x = torch.randn(size, 40), torch.randn(rows, 40)
     vector = torch.randn(size) if bias else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         got = FewRows(weight, vector)(x)
-    finally:
-        torch.set_num_threads(before)
     plain = torch.nn.functional.linear(x, weight, vector)
     truth = torch.nn.functional.linear(
         x.double(), weight.double(), None if vector is None else vector.double()

@@ -112,7 +112,7 @@ def test_prompts_that_do_not_fit_are_refused_before_anything_is_written(device):
     model = tiny_model().to(device)
     cache = model.new_cache(2, 8)
     cache.keys.zero_()
-    with pytest.raises(ValueError, match="input must fit in the 8 of 8 tokens .*, got 9"):
+    with pytest.raises(ValueError, match=r"input must fit in the 8 of 8 tokens .*, got 9"):
         prefill(model, [[1] * 3, [1] * 9], cache)
     with pytest.raises(ValueError, match="prompts must have at least one token each"):
         prefill(model, [[1], []], cache)

@@ -89,12 +89,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(device):
     cache = model.new_paged_cache(3, 4)
     sequence = cache.add()
     ids = torch.randint(320, (1, 13), device=device)
-    with pytest.raises(ValueError, match="in the 3 of 3 pages of 4 tokens .* got tokens for 4"):
+    with pytest.raises(ValueError, match=r"in the 3 of 3 pages of 4 tokens .* got tokens for 4"):
         model(ids, cache=cache.rows([sequence]))
     assert cache.free_pages == 3 and cache.length(sequence) == 0
     model(ids[:, :10], cache=cache.rows([sequence]))
     fork = cache.fork(sequence)
-    with pytest.raises(ValueError, match="in the 0 of 3 pages of 4 tokens .* got tokens for 1"):
+    with pytest.raises(ValueError, match=r"in the 0 of 3 pages of 4 tokens .* got tokens for 1"):
         model(ids[:, :1], cache=cache.rows([fork]))
     assert cache.pages(fork) == cache.pages(sequence) and cache.length(fork) == 10
     with pytest.raises(ValueError, match="input must have batch 1, got 2"):
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(device):
     long = model.new_paged_cache(40, 4)
     rows = long.rows([long.add()])
     model(torch.zeros(1, 64, dtype=torch.int64, device=device), cache=rows)
-    with pytest.raises(ValueError, match="fit in the 0 of 64 tokens that a sequence may .* got 1"):
+    with pytest.raises(ValueError, match=r"fit in the 0 of 64 tokens that a sequence may .* got 1"):
         model(ids[:, :1], cache=rows)
 
 
