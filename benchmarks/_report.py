@@ -22,6 +22,8 @@ from ._harness import Ceilings
 
 # packages that some benchmark measures where they are installed
 PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+# characters of the reason why a row has no numbers
+_REASON = 160
 
 
 def environment(device: str, ceilings: Ceilings) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def line(row: dict[str, Any]) -> str:
     words += [row[name] for name in ("inputs", "dtype") if name in row]
     start = f"{' '.join(words):<46} {row['mode']:<8}{row['provider']:<15}"
     if "failed" in row or "absent" in row:
-        return f"{start} {row.get('failed') or 'absent: ' + row['absent']}"
+        reason = row.get("failed") or f"absent: {row['absent']}"
+        return f"{start} {reason[:_REASON]}"
     peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     error = "-" if row["max_rel_err"] is None else f"{row['max_rel_err']:.1e}"
     kernel = f"  {row['kernel'][:60]}" if "kernel" in row else ""

@@ -189,5 +189,5 @@ rm -f "$out"/*.part
   for name in "${names[@]}"; do
     printf '%-28s %-10s %7s  %s\n' "$name" "${status[$name]}" "${took[$name]}" "${note[$name]}"
   done
-} | tee "$out/table.txt"
+} | tee -a "$out/log.txt"
 for name in "${names[@]}"; do [ "${status[$name]}" = passed ] || exit 1; done

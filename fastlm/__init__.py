@@ -36,6 +36,8 @@ _HOMES = {
     "linear_top_k": "fastlm.functional",
     "load": "fastlm.inference.language_model",
     "nn": "",
+    "perplexity": "fastlm.inference.perplexity",
+    "quantize": "fastlm.model.quantize",
     "rms_norm": "fastlm.functional",
     "scaled_dot_product_attention": "fastlm.functional",
     "swiglu": "fastlm.functional",
@@ -67,8 +69,10 @@ if TYPE_CHECKING:
         swiglu,
     )
     from fastlm.inference.language_model import LanguageModel, load
+    from fastlm.inference.perplexity import perplexity
     from fastlm.model.checkpoint import ModelFileError
     from fastlm.model.config import CausalLMConfig
+    from fastlm.model.quantize import quantize
     from fastlm.model.transformer import CausalLM
     from fastlm.training.config import TrainConfig
     from fastlm.training.loop import TrainResult, train
@@ -97,6 +101,8 @@ __all__ = [
     "linear_logprobs",
     "linear_top_k",
     "load",
+    "perplexity",
+    "quantize",
     "rms_norm",
     "scaled_dot_product_attention",
     "swiglu",

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a causal language model on your text",
     "generate": "continue a prompt",
     "next": "show the distribution of the next token",
+    "eval": "measure how well a model predicts a text",
     "doctor": "show versions, devices and backends, and test every kernel",
 }
 
