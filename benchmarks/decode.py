@@ -10,6 +10,7 @@ them.  Times are taken in turns in one process, and are those of all: prompt, pr
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import statistics
@@ -26,7 +27,7 @@ from fastlm.benchmarks import _harness, _report
 from fastlm.model.products import FewRows
 
 PROMPT = 16
-PROVIDERS = ("transformers", "transformers.static", "fastlm", "products")
+PROVIDERS = ("transformers", "transformers.static", "fastlm", "fastlm.int8", "products")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # prompts ``(B, T)``, and how many tokens are to follow each
 Call = Callable[[Tensor, int], object]
@@ -81,6 +82,10 @@ def providers(size: Size, device: str, dtype: torch.dtype, only: list[str]) -> d
     torch.manual_seed(0)
     model = fastlm.CausalLM(size.config()).to(device, dtype)
     calls: dict[str, Call] = {"fastlm": model.generate}
+    if "fastlm.int8" in only:
+        narrow = copy.deepcopy(model)
+        fastlm.quantize(narrow, 8)
+        calls["fastlm.int8"] = narrow.generate
     if "products" in only and device == "cpu":
         calls["products"] = functools.partial(_products, model)
     if any(name.startswith("transformers") for name in only):
@@ -176,7 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
                     statistics.quantiles(rates, n=10, method="inclusive")[at] for at in (1, 4, 7)
                 )
                 # every weight is read once for a token of all rows; the tied embedding as the head
-                bytes_read = weights * DTYPES[name_of_dtype].itemsize
+                itemsize = 1 if provider == "fastlm.int8" else DTYPES[name_of_dtype].itemsize
+                bytes_read = weights * itemsize
                 gbps = bytes_read * middle / batch / 1e9
                 rows.append({
                     "op": "generate",

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -49,6 +50,8 @@ class GenerateOptions:
     prompt_lookup_num_tokens: int = 0
     """Guess up to this many tokens ahead where the text repeats itself: faster there, and the same
     text but for rounding."""
+    weights: Literal["float", "int8", "int4"] = "float"
+    """Hold the weights in this many bits: less memory to read for each token."""
 
     def __post_init__(self) -> None:
         # before the model is read; what torch need not judge is judged by generate itself
@@ -61,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
     # here and not above: help needs no torch
     from fastlm.inference.language_model import load
 
-    model = load(options.pop("run"))
+    model = load(options.pop("run"), weights=options.pop("weights"))
     # checks its arguments at once, before there is output to mix with an error
     items = model.stream(**options)
     print(options["prompt"], end="", flush=True)

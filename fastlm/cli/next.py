@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -32,6 +32,8 @@ class NextOptions:
     """Also draw the bars into this file: .png, .svg, .pdf or .jpg."""
     json: bool = False
     """Print JSON instead of bars."""
+    weights: Literal["float", "int8", "int4"] = "float"
+    """Hold the weights in this many bits."""
 
     def __post_init__(self) -> None:
         # before the model is read
@@ -44,7 +46,8 @@ def run(argv: Sequence[str]) -> int:
     # here and not above: help needs no torch
     from fastlm.inference.language_model import load
 
-    found = load(options.run).next_token(options.prompt, options.top_k, options.temperature)
+    model = load(options.run, weights=options.weights)
+    found = model.next_token(options.prompt, options.top_k, options.temperature)
     if options.plot is not None:
         found.plot(options.plot)
     print(json.dumps(found.to_dict(), indent=1) if options.json else described(found))

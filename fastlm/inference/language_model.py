@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from fastlm._errors import ArgumentError, check_text
 from fastlm.inference.completion import Completion, Reader, Score, StreamItem
@@ -15,8 +16,10 @@ from fastlm.inference.next_token import NextToken
 from fastlm.model.checkpoint import ModelFileError
 from fastlm.model.generate import Generation, Request, check_prompt, new_tokens
 from fastlm.model.hub import model_folder
+from fastlm.model.quantize import WEIGHTS, quantize
 from fastlm.model.sampling import Sampling
 from fastlm.model.transformer import CausalLM
+from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.linear_logprobs import linear_logprobs
 
 TOKENIZER = "tokenizer.json"
@@ -294,8 +297,13 @@ class LanguageModel:
                 f"got {len(ids)}"
             )
         inputs = self._tensor(ids)
-        hidden = self.model.model(inputs[:, :-1])[0, -count:]
-        logprobs = linear_logprobs(hidden, self.model.lm_head.weight, inputs[0, -count:])
+        hidden, targets = self.model.model(inputs[:, :-1])[0, -count:], inputs[0, -count:]
+        head = self.model.lm_head
+        if isinstance(head, nn.Linear):
+            # logits are never all in memory
+            logprobs = linear_logprobs(hidden, head.weight, targets)
+        else:
+            logprobs = -cross_entropy(head(hidden), targets, reduction="none")
         return Score(tuple(ids[-count:]), tuple(logprobs.tolist()))
 
     def _prompt_ids(self, prompt: str) -> list[int]:
@@ -305,7 +313,7 @@ class LanguageModel:
         return [start] if not prompt and not ids and start is not None else ids
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
-        return torch.tensor([ids], device=self.model.lm_head.weight.device)
+        return torch.tensor([ids], device=self.model.device)
 
 
 def _check_count(name: str, value: int, least: int = 0) -> None:
@@ -320,6 +328,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    weights: str = "float",
 ) -> LanguageModel:
     """Read a model and its tokenizer.
 
@@ -329,10 +338,14 @@ def load(
         device: None for a CUDA device where there is one.
         dtype: Of the weights; None for that of the file, on CPU float32, where narrower types are
             slower.
+        weights: ``"float"``, or ``"int8"`` or ``"int4"``: see :func:`fastlm.quantize`.
 
     Raises:
         ModelFileError: Something is missing, damaged or not supported; the message says what.
+        ArgumentError: ``weights`` is none of these, or cannot be had of this model; a ValueError.
     """
+    if weights not in WEIGHTS:
+        raise ArgumentError(f"load: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     folder = model_folder(source)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -347,6 +360,9 @@ def load(
         raise ModelFileError(
             f"{folder / TOKENIZER}: has token {largest}, the model knows {model.config.vocab_size}"
         )
+    bits = WEIGHTS[weights]
+    if bits is not None:
+        quantize(model, bits)
     return LanguageModel(model, tokenizer)
 
 

@@ -97,7 +97,7 @@ class Generation:
             [request.seed for request in running],
             vocab_size=model.config.vocab_size,
             max_draws=max((request.max_new_tokens for request in running), default=0),
-            device=model.lm_head.weight.device,
+            device=model.device,
         )
         self._cache: KVCache | None = None
 
@@ -137,7 +137,7 @@ class Generation:
 
     def _start(self) -> None:
         """Read the prompts, each once."""
-        model, device = self._model, self._model.lm_head.weight.device
+        model, device = self._model, self._model.device
         requests = [self._requests[n] for n in self._rows]
         self._runs_ahead = device.type != "cpu" and not self._num_guesses
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)

@@ -75,6 +75,11 @@ class CausalLM(nn.Module):
             else:
                 nn.init.ones_(parameter)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the token embedding is."""
+        return self.model.embed_tokens.weight.device
+
     @classmethod
     def from_pretrained(
         cls,
@@ -196,8 +201,7 @@ class CausalLM(nn.Module):
         pad = (eos[0] if eos else 0) if pad is None else pad
         longest = max(map(len, rows), default=0)
         filled = [[*row, *[pad] * (longest - len(row))] for row in rows]
-        device = self.lm_head.weight.device
-        return torch.tensor(filled, dtype=dtype, device=device).view(len(rows), longest)
+        return torch.tensor(filled, dtype=dtype, device=self.device).view(len(rows), longest)
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
         """An empty cache for ``model(input_ids, cache=cache)``.
