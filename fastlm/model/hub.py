@@ -11,7 +11,7 @@ from fastlm.model.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, M
 # what we read of a model: no pickle, and no second copy of the weights under another name
 FILES = (
     *(CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, "model-*.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
