@@ -59,7 +59,8 @@ def test_only_what_is_read_is_asked_for():
     def wanted(name):
         return any(fnmatch(name, pattern) for pattern in FILES)
 
-    assert all(map(wanted, ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors"]))
+    names = ["config.json", "tokenizer.json", "chat_template.jinja"]
+    assert all(map(wanted, [*names, "model-00001-of-00002.safetensors"]))
     others = ["pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "run.py"]
     assert not any(map(wanted, others))
 

@@ -158,7 +158,8 @@ def test_metadata_names_floors_only(built, tmp_path):
     for requirement in requirements:
         assert all(spec.operator == ">=" for spec in requirement.specifier), str(requirement)
     core = {r.name for r in requirements if r.marker is None}
-    assert core == {"torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "pyyaml"}
+    common = {"numpy", "safetensors", "tokenizers", "tyro", "rich", "pyyaml", "jinja2"}
+    assert core == {"torch", *common}
 
 
 def test_version_has_one_source():

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "train a small model on real text, sample from it and plot its next token",
     "train": "train a causal language model on your text",
     "generate": "continue a prompt",
+    "chat": "talk with a model",
     "next": "show the distribution of the next token",
     "eval": "measure how well a model predicts a text",
     "doctor": "show versions, devices and backends, and test every kernel",

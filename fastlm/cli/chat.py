@@ -1,0 +1,204 @@
+"""``fastlm chat``: a conversation in a terminal, or over a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from fastlm._errors import ArgumentError, UserError
+from fastlm.cli._flags import parse
+
+if TYPE_CHECKING:
+    from fastlm.inference.conversation import Conversation
+
+HELP = """\
+/reset            forget what was said
+/system TEXT      instruct the model with TEXT from now on; without TEXT, no more
+/set NAME=VALUE   change a setting; without them, show all
+/help             show this
+/quit             end, as Ctrl-D does
+//TEXT            say /TEXT
+Ctrl-C stops an answer."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Talk with a model.
+
+    What you type goes to the model by its chat template; a model without one continues it as plain
+    text.  Ctrl-C stops an answer, Ctrl-D ends, /help lists what else there is.
+    """
+
+    run: Positional[str]
+    """Run folder, any model folder in Hugging Face's layout, or a name on the Hugging Face hub."""
+    system: str | None = None
+    """Instruction to the model, before the conversation."""
+    max_new_tokens: int = 512
+    """At most this many tokens in an answer."""
+    temperature: float | None = None
+    """0 takes the most likely token each time, more makes it bolder. None: 0, or 1 with one of the
+    next three."""
+    top_k: int | None = None
+    """Draw from the k most likely tokens."""
+    top_p: float | None = None
+    """Draw from the most likely tokens that together reach this probability."""
+    min_p: float | None = None
+    """Draw from the tokens at least this fraction as likely as the most likely."""
+    seed: int | None = None
+    """Equal seeds give equal answers in equal conversations."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ArgumentError(f"chat: max_new_tokens must be above 0, got {self.max_new_tokens}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What may change during a conversation."""
+        values = dataclasses.asdict(self)
+        del values["run"], values["system"]
+        return values
+
+
+def run(argv: Sequence[str]) -> int:
+    options = _checked(parse(ChatOptions, "chat", argv))
+    # here and not above: help needs no torch
+    from fastlm.inference.conversation import open_conversation
+
+    conversation = open_conversation(options.run, options.system)
+    if conversation.template is None:
+        _say(f"{options.run} has no chat template: what you write is continued as plain text")
+    if sys.stdin.isatty():
+        _say("/help lists the commands, Ctrl-D ends")
+    for line in _lines():
+        try:
+            if line.startswith("//"):
+                _answer(line[1:], options, conversation)
+            elif not line.startswith("/"):
+                _answer(line, options, conversation)
+            elif line == "/quit":
+                break
+            else:
+                options = _command(line, options, conversation)
+        except UserError as error:
+            _say(str(error))
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, or comes through a pipe, without empty lines."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # bytes that are no text are refused where they are used, and end nothing
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if not sys.stdin.isatty():
+        yield from (text for line in sys.stdin if (text := line.strip()))
+        return
+    with contextlib.suppress(ImportError):
+        # from now on input() can edit a line and go back to others
+        importlib.import_module("readline")
+    while True:
+        try:
+            text = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        if text:
+            yield text
+
+
+def _answer(question: str, options: ChatOptions, conversation: Conversation) -> None:
+    """Print an answer while it is made; Ctrl-C ends it there."""
+    finish = None
+    try:
+        with contextlib.closing(conversation.answer(question, **options.settings)) as items:
+            if conversation.forgotten:
+                turns = "turn is" if conversation.forgotten == 1 else "turns are"
+                _say(
+                    f"the conversation passes the context of {conversation.context} tokens: its "
+                    f"{conversation.forgotten} oldest {turns} forgotten"
+                )
+            for item in items:
+                print(item.text, end="", flush=True)
+                finish = item.finish
+        print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+        _say("stopped")
+    if finish == "length":
+        _say(f"stopped after max_new_tokens, {options.max_new_tokens}")
+    elif finish == "context":
+        _say(f"stopped where the context of {conversation.context} tokens is full")
+
+
+def _command(line: str, options: ChatOptions, conversation: Conversation) -> ChatOptions:
+    """Do what a line with / says; return the options from now on."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    match name:
+        case "/help":
+            _say(HELP)
+        case "/reset":
+            conversation.reset()
+            _say("forgotten")
+        case "/system":
+            conversation.instruct(rest or None)
+        case "/set" if rest:
+            return _changed(options, rest)
+        case "/set":
+            _say("\n".join(f"{name}={value}" for name, value in options.settings.items()))
+        case _:
+            raise ArgumentError(f"chat: there is no command {name}; /help lists them")
+    return options
+
+
+def _changed(options: ChatOptions, change: str) -> ChatOptions:
+    """The options after NAME=VALUE."""
+    name, _, value = (part.strip() for part in change.partition("="))
+    if name not in options.settings:
+        names = ", ".join(options.settings)
+        raise ArgumentError(f"chat: setting must be one of {names}, got {name!r}")
+    whole = name in ("max_new_tokens", "top_k", "seed")
+    try:
+        number = None if value.lower() == "none" else int(value) if whole else float(value)
+    except ValueError:
+        kind = "a whole number" if whole else "a number"
+        raise ArgumentError(f"chat: {name} must be {kind}, got {value!r}") from None
+    if number is None and name == "max_new_tokens":
+        raise ArgumentError(f"chat: {name} must be a whole number, got {value!r}")
+    changed: dict[str, Any] = {name: number}
+    return _checked(dataclasses.replace(options, **changed))
+
+
+def _checked(options: ChatOptions) -> ChatOptions:
+    """The options, where generation would take them.
+
+    Raises:
+        ArgumentError: It would not; the message names the value.
+    """
+    import torch
+
+    from fastlm.model.sampling import Sampling, new_generator
+
+    Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+    )
+    new_generator(options.seed, torch.device("cpu"))
+    return options
+
+
+def _say(text: str) -> None:
+    """What is no part of the conversation goes where a pipe does not see it."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""A conversation with a model, within its context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+
+from tokenizers import Tokenizer
+
+from fastlm._errors import ArgumentError
+from fastlm.inference.chat import ChatTemplate, Message
+from fastlm.inference.language_model import LanguageModel, StreamItem, load
+from fastlm.model.hub import model_folder
+
+
+class Conversation:
+    """Questions and answers, each answer given in the light of all before that fit.
+
+    Attributes:
+        messages: What was said, each with ``"role"`` and ``"content"``, the system's first.
+        template: Of the model; None for one that has none and continues plain text.
+        forgotten: How many turns the latest question left no room for.
+
+    Args:
+        model: Gives the answers.
+        template: Writes the messages down for it.
+        system: Instruction that stands before the conversation, or None.
+    """
+
+    def __init__(
+        self, model: LanguageModel, template: ChatTemplate | None, system: str | None = None
+    ) -> None:
+        self.template = template
+        self.forgotten = 0
+        self.messages: list[Message] = []
+        self._ends: tuple[int | None, ...] = ()
+        self._model = model
+        if template is not None:
+            # the template has written all special tokens down already
+            self._model = LanguageModel(model.model, _without_additions(model.tokenizer))
+            # usually among the tokens that end a text for the model too, but not in all files
+            self._ends = (model.tokenizer.token_to_id(template.tokens.get("eos_token", "")),)
+        self.instruct(system)
+
+    @property
+    def context(self) -> int:
+        """How many tokens a conversation may have."""
+        return self._model.model.config.max_position_embeddings
+
+    def instruct(self, system: str | None) -> None:
+        """Put another instruction, or none, before what was said."""
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages += said
+
+    def reset(self) -> None:
+        """Forget what was said, but not the instruction."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    def answer(
+        self,
+        question: str,
+        max_new_tokens: int = 512,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+    ) -> Generator[StreamItem, None, None]:
+        """Answer token by token; arguments and errors as in :meth:`LanguageModel.generate`.
+
+        Arguments are checked here, before the first item is asked for.  What was answered is part
+        of the conversation when the items end, or are closed.  Where the oldest turns leave no room
+        for an answer of ``max_new_tokens``, or of half the context if that is less, they are
+        forgotten.
+
+        Raises:
+            ArgumentError: One is out of range, or the question does not fit in the context.
+            ChatTemplateError: The template refuses the messages.
+        """
+        room = min(max_new_tokens, self.context // 2)
+        messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
+        forgotten = 0
+        prompt, length = self._prompt(messages)
+        while length > self.context - room and (shorter := _without_a_turn(messages)) is not None:
+            messages, forgotten = shorter, forgotten + 1
+            prompt, length = self._prompt(messages)
+        if length >= self.context:
+            raise ArgumentError(
+                f"chat: message must leave room for an answer in the context of {self.context} "
+                f"tokens, got {length}"
+            )
+        items = self._model.stream(
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+        )
+        self.messages, self.forgotten = messages, forgotten
+        return self._answer(items)
+
+    def _answer(self, items: Iterator[StreamItem]) -> Generator[StreamItem, None, None]:
+        texts: list[str] = []
+        try:
+            for item in items:
+                if item.id in self._ends:
+                    return
+                texts.append(item.text)
+                yield item
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(texts)})
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[str, int]:
+        """Text that the model continues, and how many tokens it has."""
+        text = _plain(messages) if self.template is None else self.template.render(messages)
+        return text, len(self._model.encode(text))
+
+
+def open_conversation(source: str | os.PathLike[str], system: str | None = None) -> Conversation:
+    """A conversation with the model of a run folder, or any other that :func:`fastlm.load` reads.
+
+    Raises:
+        ModelFileError: Something is missing, damaged or not supported; the message says what.
+        ChatTemplateError: Its chat template is none.
+    """
+    folder = model_folder(source)
+    # first: it is read in no time
+    template = ChatTemplate.read(folder)
+    return Conversation(load(folder), template, system)
+
+
+def _without_a_turn(messages: Sequence[Message]) -> list[Message] | None:
+    """Without the oldest question and what followed; None where there is only the latest."""
+    questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    if len(questions) < 2:
+        return None
+    return [*messages[: questions[0]], *messages[questions[1] :]]
+
+
+def _plain(messages: Sequence[Message]) -> str:
+    """Each question with its answer on a line, the latest without an end."""
+    ends = {"system": "\n", "user": "", "assistant": "\n"}
+    return "".join(f"{message['content']}{ends[message['role']]}" for message in messages)
+
+
+def _without_additions(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that adds no special tokens to a text, and cuts and fills up none."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.post_processor = None
+    return copy
