@@ -107,7 +107,7 @@ def _theirs(model: fastlm.CausalLM) -> nn.Module:
     values = transformers.AutoConfig.for_model(**model.config.to_dict())
     theirs = transformers.AutoModelForCausalLM.from_config(values, attn_implementation="sdpa")
     theirs.load_state_dict(model.state_dict())
-    return theirs.to(model.lm_head.weight).eval()
+    return theirs.to(model.lm_head.weight).train(False)
 
 
 def _generated(model: Any, cache: str, prompts: Tensor, new_tokens: int) -> object:

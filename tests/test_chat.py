@@ -82,11 +82,11 @@ def expected(folder: Path, questions: list[str], system: str | None = None, **se
     """Answers by hand: each the continuation of transformers' text of all before."""
     lm, tokenizer = without_additions(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     messages = [{"role": "system", "content": system}] if system else []
-    answers = []
+    ends, answers = [tokenizer.convert_tokens_to_ids(END)], []
     for question in questions:
         messages.append({"role": "user", "content": question})
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        answers.append(lm.generate(prompt, 12, **settings))
+        answers.append(lm.generate(prompt, 12, stop_token_ids=ends, **settings))
         messages.append({"role": "assistant", "content": answers[-1]})
     return "".join(f"{answer}\n" for answer in answers)
 
@@ -107,7 +107,19 @@ def test_flags_are_those_of_generation(folder, chat):
     settings = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}
     assert out == expected(folder, ["the cat", "sat"], "be brief", **settings)
     names = set(ChatOptions("x").settings)
-    assert names == {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"}
+    sampling = {"temperature", "top_k", "top_p", "min_p", "seed"}
+    assert names == {"max_new_tokens", "top_logprobs", *sampling}
+
+
+def test_the_most_likely_tokens_are_shown_after_an_answer(folder, chat):
+    out, err = chat(folder, "/set top_logprobs=2\nthe cat\n/set top_logprobs=-1\n")
+    assert out == expected(folder, ["the cat"])
+    shown = [re.fullmatch(r"(.+) (.+)% of \1 \2%, .+ (.+)%", line) for line in err.splitlines()]
+    rows = [match for match in shown if match]
+    # the greedy token is the most likely
+    assert 1 <= len(rows) <= 12
+    assert all(float(row[2]) >= float(row[3]) for row in rows)
+    assert "top_logprobs must be at least 0, got -1" in err
 
 
 def test_reset_and_system_and_set(folder, chat):
@@ -290,7 +302,7 @@ def test_the_token_that_ends_a_turn_ends_an_answer(folder):
     ends = {"eos_token": lm.tokenizer.id_to_token(ids[last])}
     conversation = Conversation(lm, ChatTemplate(text, ends))
     items = list(conversation.answer("the cat", 9, seed=2, temperature=1.0))
-    assert items == free[:last]
+    assert items[:-1] == free[:last] and items[-1].finish == "eos"
     said = "".join(item.text for item in items)
     assert conversation.messages[-1] == {"role": "assistant", "content": said}
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fastlm._errors import ArgumentError, UserError
 from fastlm.cli._flags import parse
 
 if TYPE_CHECKING:
+    from fastlm.inference.completion import StreamItem
     from fastlm.inference.conversation import Conversation
 
 HELP = """\
@@ -54,10 +56,14 @@ class ChatOptions:
     """Draw from the tokens at least this fraction as likely as the most likely."""
     seed: int | None = None
     """Equal seeds give equal answers in equal conversations."""
+    top_logprobs: int = 0
+    """After an answer, show for each of its tokens how likely this many most likely ones were."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ArgumentError(f"chat: max_new_tokens must be above 0, got {self.max_new_tokens}")
+        if self.top_logprobs < 0:
+            raise ArgumentError(f"chat: top_logprobs must be at least 0, got {self.top_logprobs}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -118,7 +124,8 @@ def _lines() -> Iterator[str]:
 
 def _answer(question: str, options: ChatOptions, conversation: Conversation) -> None:
     """Print an answer while it is made; Ctrl-C ends it there."""
-    finish = None
+    finish: str | None = None
+    tokens: list[StreamItem] = []
     try:
         with contextlib.closing(conversation.answer(question, **options.settings)) as items:
             if conversation.forgotten:
@@ -130,10 +137,16 @@ def _answer(question: str, options: ChatOptions, conversation: Conversation) -> 
             for item in items:
                 print(item.text, end="", flush=True)
                 finish = item.finish
+                tokens.append(item)
         print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)
         _say("stopped")
+    for item in tokens:
+        if item.top_logprobs:
+            others = (f"{conversation.shown(n)} {math.exp(p):.1%}" for n, p in item.top_logprobs)
+            own = f"{conversation.shown(item.id)} {math.exp(item.logprob):.1%}"
+            _say(f"{own} of {', '.join(others)}")
     if finish == "length":
         _say(f"stopped after max_new_tokens, {options.max_new_tokens}")
     elif finish == "context":
@@ -167,13 +180,13 @@ def _changed(options: ChatOptions, change: str) -> ChatOptions:
     if name not in options.settings:
         names = ", ".join(options.settings)
         raise ArgumentError(f"chat: setting must be one of {names}, got {name!r}")
-    whole = name in ("max_new_tokens", "top_k", "seed")
+    whole = name in ("max_new_tokens", "top_k", "seed", "top_logprobs")
     try:
         number = None if value.lower() == "none" else int(value) if whole else float(value)
     except ValueError:
         kind = "a whole number" if whole else "a number"
         raise ArgumentError(f"chat: {name} must be {kind}, got {value!r}") from None
-    if number is None and name == "max_new_tokens":
+    if number is None and name in ("max_new_tokens", "top_logprobs"):
         raise ArgumentError(f"chat: {name} must be a whole number, got {value!r}")
     changed: dict[str, Any] = {name: number}
     return _checked(dataclasses.replace(options, **changed))

@@ -33,13 +33,14 @@ class Conversation:
         self.template = template
         self.forgotten = 0
         self.messages: list[Message] = []
-        self._ends: tuple[int | None, ...] = ()
+        self._ends: list[int] = []
         self._model = model
         if template is not None:
             # the template has written all special tokens down already
             self._model = LanguageModel(model.model, _without_additions(model.tokenizer))
             # usually among the tokens that end a text for the model too, but not in all files
-            self._ends = (model.tokenizer.token_to_id(template.tokens.get("eos_token", "")),)
+            end = model.tokenizer.token_to_id(template.tokens.get("eos_token", ""))
+            self._ends = [] if end is None else [end]
         self.instruct(system)
 
     @property
@@ -52,6 +53,10 @@ class Conversation:
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = [{"role": "system", "content": system}] if system else []
         self.messages += said
+
+    def shown(self, token: int) -> str:
+        """The text of a token, quoted."""
+        return repr(self._model.tokenizer.decode([token], skip_special_tokens=False))
 
     def reset(self) -> None:
         """Forget what was said, but not the instruction."""
@@ -67,8 +72,9 @@ class Conversation:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | None = None,
+        top_logprobs: int = 0,
     ) -> Generator[StreamItem, None, None]:
-        """Answer token by token; arguments and errors as in :meth:`LanguageModel.generate`.
+        """Answer token by token; arguments and errors as in :meth:`LanguageModel.stream`.
 
         Arguments are checked here, before the first item is asked for.  What was answered is part
         of the conversation when the items end, or are closed.  Where the oldest turns leave no room
@@ -99,6 +105,8 @@ class Conversation:
             top_p=top_p,
             min_p=min_p,
             seed=seed,
+            stop_token_ids=self._ends,
+            top_logprobs=top_logprobs,
         )
         self.messages, self.forgotten = messages, forgotten
         return self._answer(items)
@@ -107,8 +115,6 @@ class Conversation:
         texts: list[str] = []
         try:
             for item in items:
-                if item.id in self._ends:
-                    return
                 texts.append(item.text)
                 yield item
         finally:
