@@ -7,6 +7,9 @@ rounded rows and rounded alike, so that a prompt and its continuation see one mo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,7 +117,12 @@ def int4_product(rows: Tensor, packed: Tensor, pairs: Tensor) -> Tensor:
         return torch._weight_int4pack_mm(_aligned(rows), packed, group_size, pairs)
     if len(rows) <= MOST_ROWS:
         return torch._weight_int4pack_mm_for_cpu(_aligned(rows), packed, group_size, pairs)
-    return F.linear(rows.float(), int4_unpacked(packed, pairs)).bfloat16()
+    rows = rows.float()
+    parts = [
+        torch.bmm(rows.expand(len(blocks), -1, -1), blocks).transpose(0, 1).flatten(1)
+        for blocks in _float_blocks(packed, pairs)
+    ]
+    return torch.cat(parts, dim=1).bfloat16()
 
 
 def int4_unpacked(packed: Tensor, pairs: Tensor) -> Tensor:
@@ -128,48 +136,59 @@ def int4_unpacked(packed: Tensor, pairs: Tensor) -> Tensor:
         # each element of the product with the identity is one weight, and zeros
         eye = torch.eye(width, dtype=torch.bfloat16, device=packed.device)
         return torch._weight_int4pack_mm(eye, packed, width // groups, pairs).t()
-    levels = _unpacked_on_cpu(packed)
-    steps, middles = pairs.float().permute(2, 1, 0).unsqueeze(-1)
-    return (levels.unflatten(1, (len(pairs), -1)) - 8).mul_(steps).add_(middles).flatten(1)
+    return torch.cat(
+        [blocks.transpose(1, 2).flatten(0, 1) for blocks in _float_blocks(packed, pairs)]
+    )
 
 
-def _unpacked_on_cpu(packed: Tensor) -> Tensor:
-    """Levels ``(N, C)`` float32.
+def _float_blocks(packed: Tensor, pairs: Tensor) -> Iterator[Tensor]:
+    """The rows of a weight packed on a CPU in blocks, transposed: ``(blocks, C, rows)`` float32.
 
-    Rows are packed in blocks of 16, 32 or 64, as the processor's vectors are wide, and of what is
-    left at the end; in a block columns follow each other.
+    All blocks have as many rows as suits the processor's vectors, 16, 32 or 64; the rows that are
+    left, if any, are a block by themselves.  Within a block columns follow each other.
     """
     size, width = packed.shape[0], packed.shape[1] * 2
-    # the second of two columns begins after half a block, as each byte has two rows
-    columns = torch.tensor([[0, 1]], dtype=torch.int32).expand(64, 2).contiguous()
-    first = torch._convert_weight_to_int4pack_for_cpu(columns, 1).flatten()
-    block = 2 * int(first.argmax())
-    whole = size // block * block
-    parts = [
-        _unpacked_blocks(part, rows, width)
-        for part, rows in (
-            (packed.flatten()[: whole * width // 2], block),
-            (packed.flatten()[whole * width // 2 :], size - whole),
+    groups = len(pairs)
+    steps, middles = pairs.float().unbind(dim=-1)
+    # as the product of few rows has it: level * step + (middle - 8 * step)
+    lowest = middles - 8 * steps
+    whole = size // _block_rows() * _block_rows()
+    for start, stop, rows in ((0, whole, _block_rows()), (whole, size, size - whole)):
+        if start == stop:
+            continue
+        pairs_of_levels = packed.flatten()[start * width // 2 : stop * width // 2].view(
+            -1, width, rows // 2
         )
-        if rows and part.numel()
-    ]
-    return torch.cat(parts)
+        levels = torch.cat((pairs_of_levels & 15, pairs_of_levels >> 4), dim=-1)
+        order = _row_order(rows)
+        if order is not None:
+            levels = levels[..., order]
+        step, low = (
+            x[:, start:stop].unflatten(1, (-1, 1, rows)).transpose(0, 1) for x in (steps, lowest)
+        )
+        yield torch.addcmul(low, levels.unflatten(1, (groups, -1)).float(), step).flatten(1, 2)
 
 
-def _unpacked_blocks(packed: Tensor, rows: int, width: int) -> Tensor:
-    # which row each half of a byte belongs to shows in packed numbers of rows
+@functools.cache
+def _block_rows() -> int:
+    # of two columns the second begins after half a block, as each byte has two rows
+    columns = torch.tensor([[0, 1]], dtype=torch.int32).expand(64, 2).contiguous()
+    packed = torch._convert_weight_to_int4pack_for_cpu(columns, 1).flatten()
+    return 2 * int(packed.argmax())
+
+
+@functools.cache
+def _row_order(rows: int) -> list[int] | None:
+    """Where each row of a block is among its low and then its high halves; None for in order."""
+    # numbers of rows, packed, show which rows a byte has
     numbers = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, 2)
-    low, high = (
-        _halves(torch._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 1).flatten())
+    units, sixteens = (
+        torch._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 1).flatten()[: rows // 2]
         for digit in (numbers % 16, numbers // 16)
     )
-    places = (low + 16 * high)[:rows].argsort()
-    levels = _halves(packed).view(-1, width, rows)[:, :, places]
-    return levels.transpose(1, 2).reshape(-1, width).float()
-
-
-def _halves(packed: Tensor) -> Tensor:
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten()
+    found = torch.cat(((units & 15) + 16 * (sixteens & 15), (units >> 4) + 16 * (sixteens >> 4)))
+    order: list[int] = found.argsort().tolist()
+    return None if order == sorted(order) else order
 
 
 def _rounded_up(x: Tensor) -> Tensor:
