@@ -8,7 +8,6 @@ rounded rows and rounded alike, so that a prompt and its continuation see one mo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,9 @@ GROUP_SIZES = (32, 64, 128, 256)
 _TILE = 16
 # bytes from which the operators read rows with aligned vector instructions
 _ALIGNMENT = 64
-# Above this many rows on a CPU making the weight float again takes less time than it saves.
-MOST_ROWS = 64
+# Above so many rows, by bits, making the weight float again takes less time than it saves (768 x
+# 3072 on one AVX2 core; 4 bits take more to unpack).
+MOST_ROWS = {8: 64, 4: 128}
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -69,7 +69,7 @@ def int8_levels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_product(rows: Tensor, levels: Tensor, steps: Tensor) -> Tensor:
     """``(R, C)`` bfloat16 to ``(R, N)``."""
-    if len(rows) <= MOST_ROWS:
+    if len(rows) <= MOST_ROWS[8]:
         return torch._weight_int8pack_mm(_aligned(rows), levels, steps)
     # levels are exact in bfloat16, which a CPU multiplies slowly
     dtype = torch.float32 if rows.device.type == "cpu" else torch.bfloat16
@@ -115,14 +115,9 @@ def int4_product(rows: Tensor, packed: Tensor, pairs: Tensor) -> Tensor:
     group_size = rows.shape[1] // len(pairs)
     if rows.device.type != "cpu":
         return torch._weight_int4pack_mm(_aligned(rows), packed, group_size, pairs)
-    if len(rows) <= MOST_ROWS:
+    if len(rows) <= MOST_ROWS[4]:
         return torch._weight_int4pack_mm_for_cpu(_aligned(rows), packed, group_size, pairs)
-    rows = rows.float()
-    parts = [
-        torch.bmm(rows.expand(len(blocks), -1, -1), blocks).transpose(0, 1).flatten(1)
-        for blocks in _float_blocks(packed, pairs)
-    ]
-    return torch.cat(parts, dim=1).bfloat16()
+    return torch.mm(rows.float(), _float_columns(packed, pairs)).bfloat16()
 
 
 def int4_unpacked(packed: Tensor, pairs: Tensor) -> Tensor:
@@ -136,37 +131,37 @@ def int4_unpacked(packed: Tensor, pairs: Tensor) -> Tensor:
         # each element of the product with the identity is one weight, and zeros
         eye = torch.eye(width, dtype=torch.bfloat16, device=packed.device)
         return torch._weight_int4pack_mm(eye, packed, width // groups, pairs).t()
-    return torch.cat(
-        [blocks.transpose(1, 2).flatten(0, 1) for blocks in _float_blocks(packed, pairs)]
-    )
+    return _float_columns(packed, pairs).t()
 
 
-def _float_blocks(packed: Tensor, pairs: Tensor) -> Iterator[Tensor]:
-    """The rows of a weight packed on a CPU in blocks, transposed: ``(blocks, C, rows)`` float32.
+def _float_columns(packed: Tensor, pairs: Tensor) -> Tensor:
+    """A weight packed on a CPU, ``(C, N)`` float32.
 
-    All blocks have as many rows as suits the processor's vectors, 16, 32 or 64; the rows that are
-    left, if any, are a block by themselves.  Within a block columns follow each other.
+    Rows of the weight are packed in blocks of 16, 32 or 64, as the processor's vectors are wide;
+    those that are left, if any, are a block by themselves.  Within a block columns follow each
+    other.
     """
     size, width = packed.shape[0], packed.shape[1] * 2
-    groups = len(pairs)
-    steps, middles = pairs.float().unbind(dim=-1)
+    whole = size // _block_rows() * _block_rows()
+    levels = [
+        _level_columns(packed.flatten()[start * width // 2 : stop * width // 2], rows, width)
+        for start, stop, rows in ((0, whole, _block_rows()), (whole, size, size - whole))
+        if start < stop
+    ]
+    steps, middles = pairs.float().unsqueeze(1).unbind(dim=-1)
     # as the product of few rows has it: level * step + (middle - 8 * step)
     lowest = middles - 8 * steps
-    whole = size // _block_rows() * _block_rows()
-    for start, stop, rows in ((0, whole, _block_rows()), (whole, size, size - whole)):
-        if start == stop:
-            continue
-        pairs_of_levels = packed.flatten()[start * width // 2 : stop * width // 2].view(
-            -1, width, rows // 2
-        )
-        levels = torch.cat((pairs_of_levels & 15, pairs_of_levels >> 4), dim=-1)
-        order = _row_order(rows)
-        if order is not None:
-            levels = levels[..., order]
-        step, low = (
-            x[:, start:stop].unflatten(1, (-1, 1, rows)).transpose(0, 1) for x in (steps, lowest)
-        )
-        yield torch.addcmul(low, levels.unflatten(1, (groups, -1)).float(), step).flatten(1, 2)
+    groups = torch.cat(levels, dim=1).unflatten(0, (len(pairs), -1))
+    return torch.addcmul(lowest, groups, steps).flatten(0, 1)
+
+
+def _level_columns(packed: Tensor, rows: int, width: int) -> Tensor:
+    """Blocks of ``rows`` rows as ``(C, N)`` float32, from 0 to 15."""
+    two = packed.view(-1, width, rows // 2)
+    levels = torch.cat((two & 15, two >> 4), dim=-1)
+    order = _row_order(rows)
+    levels = levels if order is None else levels[..., order]
+    return levels.transpose(0, 1).float().flatten(1)
 
 
 @functools.cache
