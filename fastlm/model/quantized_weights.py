@@ -7,6 +7,8 @@ rounded rows and rounded alike, so that a prompt and its continuation see one mo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,9 @@ GROUP_SIZES = (32, 64, 128, 256)
 _TILE = 16
 # bytes from which the operators read rows with aligned vector instructions
 _ALIGNMENT = 64
-# Above this many rows on a CPU making the weight float again takes less time than it saves.
-MOST_ROWS = 64
+# Above so many rows, by bits, making the weight float again takes less time than it saves (768 x
+# 3072 on one AVX2 core; 4 bits take more to unpack).
+MOST_ROWS = {8: 64, 4: 128}
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -66,7 +69,7 @@ def int8_levels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_product(rows: Tensor, levels: Tensor, steps: Tensor) -> Tensor:
     """``(R, C)`` bfloat16 to ``(R, N)``."""
-    if len(rows) <= MOST_ROWS:
+    if len(rows) <= MOST_ROWS[8]:
         return torch._weight_int8pack_mm(_aligned(rows), levels, steps)
     # levels are exact in bfloat16, which a CPU multiplies slowly
     dtype = torch.float32 if rows.device.type == "cpu" else torch.bfloat16
@@ -112,9 +115,9 @@ def int4_product(rows: Tensor, packed: Tensor, pairs: Tensor) -> Tensor:
     group_size = rows.shape[1] // len(pairs)
     if rows.device.type != "cpu":
         return torch._weight_int4pack_mm(_aligned(rows), packed, group_size, pairs)
-    if len(rows) <= MOST_ROWS:
+    if len(rows) <= MOST_ROWS[4]:
         return torch._weight_int4pack_mm_for_cpu(_aligned(rows), packed, group_size, pairs)
-    return F.linear(rows.float(), int4_unpacked(packed, pairs)).bfloat16()
+    return torch.mm(rows.float(), _float_columns(packed, pairs)).bfloat16()
 
 
 def int4_unpacked(packed: Tensor, pairs: Tensor) -> Tensor:
@@ -128,48 +131,59 @@ def int4_unpacked(packed: Tensor, pairs: Tensor) -> Tensor:
         # each element of the product with the identity is one weight, and zeros
         eye = torch.eye(width, dtype=torch.bfloat16, device=packed.device)
         return torch._weight_int4pack_mm(eye, packed, width // groups, pairs).t()
-    levels = _unpacked_on_cpu(packed)
-    steps, middles = pairs.float().permute(2, 1, 0).unsqueeze(-1)
-    return (levels.unflatten(1, (len(pairs), -1)) - 8).mul_(steps).add_(middles).flatten(1)
+    return _float_columns(packed, pairs).t()
 
 
-def _unpacked_on_cpu(packed: Tensor) -> Tensor:
-    """Levels ``(N, C)`` float32.
+def _float_columns(packed: Tensor, pairs: Tensor) -> Tensor:
+    """A weight packed on a CPU, ``(C, N)`` float32.
 
-    Rows are packed in blocks of 16, 32 or 64, as the processor's vectors are wide, and of what is
-    left at the end; in a block columns follow each other.
+    Rows of the weight are packed in blocks of 16, 32 or 64, as the processor's vectors are wide;
+    those that are left, if any, are a block by themselves.  Within a block columns follow each
+    other.
     """
     size, width = packed.shape[0], packed.shape[1] * 2
-    # the second of two columns begins after half a block, as each byte has two rows
-    columns = torch.tensor([[0, 1]], dtype=torch.int32).expand(64, 2).contiguous()
-    first = torch._convert_weight_to_int4pack_for_cpu(columns, 1).flatten()
-    block = 2 * int(first.argmax())
-    whole = size // block * block
-    parts = [
-        _unpacked_blocks(part, rows, width)
-        for part, rows in (
-            (packed.flatten()[: whole * width // 2], block),
-            (packed.flatten()[whole * width // 2 :], size - whole),
-        )
-        if rows and part.numel()
+    whole = size // _block_rows() * _block_rows()
+    levels = [
+        _level_columns(packed.flatten()[start * width // 2 : stop * width // 2], rows, width)
+        for start, stop, rows in ((0, whole, _block_rows()), (whole, size, size - whole))
+        if start < stop
     ]
-    return torch.cat(parts)
+    steps, middles = pairs.float().unsqueeze(1).unbind(dim=-1)
+    # as the product of few rows has it: level * step + (middle - 8 * step)
+    lowest = middles - 8 * steps
+    groups = torch.cat(levels, dim=1).unflatten(0, (len(pairs), -1))
+    return torch.addcmul(lowest, groups, steps).flatten(0, 1)
 
 
-def _unpacked_blocks(packed: Tensor, rows: int, width: int) -> Tensor:
-    # which row each half of a byte belongs to shows in packed numbers of rows
+def _level_columns(packed: Tensor, rows: int, width: int) -> Tensor:
+    """Blocks of ``rows`` rows as ``(C, N)`` float32, from 0 to 15."""
+    two = packed.view(-1, width, rows // 2)
+    levels = torch.cat((two & 15, two >> 4), dim=-1)
+    order = _row_order(rows)
+    levels = levels if order is None else levels[..., order]
+    return levels.transpose(0, 1).float().flatten(1)
+
+
+@functools.cache
+def _block_rows() -> int:
+    # of two columns the second begins after half a block, as each byte has two rows
+    columns = torch.tensor([[0, 1]], dtype=torch.int32).expand(64, 2).contiguous()
+    packed = torch._convert_weight_to_int4pack_for_cpu(columns, 1).flatten()
+    return 2 * int(packed.argmax())
+
+
+@functools.cache
+def _row_order(rows: int) -> list[int] | None:
+    """Where each row of a block is among its low and then its high halves; None for in order."""
+    # numbers of rows, packed, show which rows a byte has
     numbers = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, 2)
-    low, high = (
-        _halves(torch._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 1).flatten())
+    units, sixteens = (
+        torch._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 1).flatten()[: rows // 2]
         for digit in (numbers % 16, numbers // 16)
     )
-    places = (low + 16 * high)[:rows].argsort()
-    levels = _halves(packed).view(-1, width, rows)[:, :, places]
-    return levels.transpose(1, 2).reshape(-1, width).float()
-
-
-def _halves(packed: Tensor) -> Tensor:
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten()
+    found = torch.cat(((units & 15) + 16 * (sixteens & 15), (units >> 4) + 16 * (sixteens >> 4)))
+    order: list[int] = found.argsort().tolist()
+    return None if order == sorted(order) else order
 
 
 def _rounded_up(x: Tensor) -> Tensor:
