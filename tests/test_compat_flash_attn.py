@@ -294,7 +294,7 @@ def defined_over_cache(
 
 def assert_over_cache(inputs, lengths, call, **meaning):
     """``call`` of copies of the inputs gives, and writes, what the definition does."""
-    q, k_cache, v_cache, *tokens = inputs
+    q, k_cache, v_cache, *_ = inputs
     written = k_cache.clone(), v_cache.clone()
     out = call(q, *written)
     plain, *_ = defined_over_cache(*inputs, lengths, **meaning)
