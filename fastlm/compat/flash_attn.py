@@ -282,9 +282,9 @@ def _check_caches(
     check_shape(op, "k_cache", k_cache, (*sizes, "G", head_dim), "to match q")
     check_shape(op, "v_cache", v_cache, (*k_cache.shape[:-1], "Dv"), "to match k_cache")
     _check_groups(op, "k_cache", q, k_cache)
+    if k is None or v is None:
+        return
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if x is None:
-            continue
         check_tensor(op, name, x)
         check_shape(op, name, x, (batch, "T", *cache.shape[2:]), f"to match q and {name}_cache")
         if x.shape[1] != num_queries:
