@@ -335,6 +335,7 @@ def test_checked_catches_what_is_stored_wrong(harm, name, device, monkeypatch):
         ({"v_scale": torch.zeros(2, 100, 2).half()}, TypeError, "v_scale must be one of float32"),
         ({"v_cache": torch.zeros(2, 100, 2, 16)}, TypeError, "v_cache must have the dtype of k_c"),
         ({"k_scale": torch.zeros(2, 1, 2).expand(2, 100, 2)}, ValueError, "k_scale must have memo"),
+        ({"v_scale": torch._neg_view(torch.zeros(2, 100, 2))}, ValueError, "v_scale must be no vi"),
         ({"v_scale": "k_scale"}, ValueError, "v_scale must be another tensor than k_scale"),
         ({"key": torch.zeros(2, 2, 2, 16).half()}, TypeError, "key must have the dtype of query"),
         (

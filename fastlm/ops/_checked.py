@@ -33,9 +33,10 @@ def is_on() -> bool:
 def checked() -> Iterator[None]:
     """Compare every fastlm operator called inside, forward and backward, with its definition.
 
-    Also what it writes in place, and that nothing else is written.  The reference runs in float64 on the same inputs; a result that breaks the tolerance rule raises
-    :class:`KernelMismatch`.  Compiled code is checked too.  Holds for all threads of the process.
-    Slow, and it waits for the GPU after each operator: for finding a bug, not for training.
+    Also what it writes in place, and that nothing else is written.  The reference runs in float64
+    on the same inputs; a result that breaks the tolerance rule raises :class:`KernelMismatch`.
+    Compiled code is checked too.  Holds for all threads of the process.  Slow, and it waits for the
+    GPU after each operator: for finding a bug, not for training.
 
     Raises:
         RuntimeError: An operator is called while a CUDA graph is being captured.

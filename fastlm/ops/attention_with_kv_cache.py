@@ -24,6 +24,7 @@ from fastlm.ops._define import define_op
 _OP = "attention_with_kv_cache"
 MAX_HEAD_DIM = 256
 _INT32_MAX = 2**31 - 1
+_LEAST_SOFTCAP, _MOST_SOFTCAP = 2.0**-100, 2.0**100
 BACKENDS = {
     "triton": "fastlm.kernels.attention_with_kv_cache",
     "torch": "fastlm.ops.eager.attention_with_kv_cache",
@@ -129,6 +130,9 @@ def attention_with_kv_cache(
         _check_rotary(query, key, rotary_cos, rotary_sin)
     lengths, length = _checked_lengths(query, key, cache_seqlens, capacity, rotary_cos)
     _check_options(query, scale, window_size, softcap, sinks, num_splits)
+    if softcap is not None:
+        # beyond these nothing changes but that float32 cannot divide by it
+        softcap = min(max(float(softcap), _LEAST_SOFTCAP), _MOST_SOFTCAP)
     if block_table is not None:
         block_table = _narrow(block_table).contiguous()
     if window_size is not None:
@@ -137,7 +141,7 @@ def attention_with_kv_cache(
         query, k_cache, v_cache, k_scale, v_scale, key, value, lengths, block_table, rotary_cos,
         rotary_sin, sinks, length, rotary_interleaved,
         query.shape[-1] ** -0.5 if scale is None else float(scale), window_size,
-        None if softcap is None else float(softcap), num_splits, backend,
+        softcap, num_splits, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -159,6 +163,8 @@ def _check_tensors(
     for name, x in tensors.items():
         check_tensor(_OP, name, x)
         _check_constant(name, x)
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_stored(name, x)
     check_dtype(_OP, "query", query)
     check_shape(_OP, "query", query, ("B", "T", "H", "D"))
     batch, num_queries, heads, head_dim = query.shape
@@ -191,6 +197,7 @@ def _check_tensors(
         if scales is not None:
             check_tensor(_OP, name, scales)
             _check_constant(name, scales)
+            _check_stored(name, scales)
             check_dtype(_OP, name, scales, (torch.float32,))
             check_shape(_OP, name, scales, k_cache.shape[:3], "to match k_cache")
             check_same_device(_OP, name, scales, "query", query)
@@ -230,6 +237,13 @@ def _check_writable(
         )
         requirement = "have memory of its own for every element, to be written"
         check_that(_OP, name, not expanded, requirement, f"strides {x.stride()}")
+
+
+def _check_stored(name: str, x: Tensor) -> None:
+    """torch would write to a copy of a view that negates what it shows, if it does not crash."""
+    # what Dynamo traces cannot be asked
+    negates = not torch.compiler.is_compiling() and x.is_neg()
+    check_that(_OP, name, not negates, "be no view that negates: use resolve_neg()", "one")
 
 
 def _check_constant(name: str, x: Tensor) -> None:
