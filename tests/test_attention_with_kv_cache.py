@@ -79,6 +79,27 @@ def test_a_long_chunk_is_not_split(device, backend):
     judge(chunk, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softcaps_that_no_float32_holds(device, backend):
+    one = call(LENGTHS, device=device)
+    for softcap, same_as in ((1e-300, 1e-20), (1e-45, 1e-20), (1e39, None), (1e300, None)):
+        expected = one(backend, softcap=same_as)
+        for got, want in zip(one(backend, softcap=softcap), expected, strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_views_that_negate_are_read(device, backend, name):
+    one = call(LENGTHS, device=device)
+    if name == "query":
+        negated = dataclasses.replace(one, query=torch._neg_view(-one.query))
+    else:
+        options = one.options | {name: torch._neg_view(-one.options[name])}
+        negated = dataclasses.replace(one, options=options)
+    assert_equal(negated(backend), one(backend))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (17, 1)], ids=str)
 def test_any_group_of_heads(device, heads):
     judge(call((20, 3), 2, *heads, device=device), "triton")
@@ -308,6 +329,8 @@ def wrong(**changes):
         ({"window_size": 0}, ValueError, "window_size must be at least 1, got 0"),
         ({"num_splits": 0}, ValueError, "num_splits must be at least 1, got 0"),
         ({"softcap": -1.0}, ValueError, "softcap must be positive and finite"),
+        ({"k_cache": torch._neg_view(torch.zeros(2, 100, 2, 16))}, ValueError, "resolve_neg"),
+        ({"v_cache": torch._neg_view(torch.zeros(2, 100, 2, 16))}, ValueError, "v_cache must be n"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks must have shape"),
         ({"query": torch.zeros(2, 2, 4, 16).requires_grad_()}, ValueError, "no_grad"),
         ({"sinks": torch.zeros(4).requires_grad_()}, ValueError, "sinks must not require"),

@@ -222,12 +222,11 @@ def test_on_a_cpu_lengths_that_do_not_fit_raise_and_write_nothing(backend):
 
 def unread(one):
     """The torch backend as on a GPU, where it does not look at lengths."""
-    k_cache, v_cache = one.k_cache.clone(), one.v_cache.clone()
-    get = one.options.get
-    caches = eager._Caches(k_cache, v_cache, get("block_table"))
-    _, _, _, key, value, lengths, _, cos, sin, sinks, _, interleaved, scale, window, cap, _ = (
+    written = [x.clone() for x in one.written.values()]
+    *_, key, value, lengths, table, cos, sin, sinks, _, interleaved, scale, window, cap, _ = (
         one.arguments()
     )
+    caches = eager._Caches(*written, *[None] * (4 - len(written)), table)
     capacity = caches.capacity if cos is None else min(caches.capacity, len(cos))
     with no_host_sync():
         out, lse = eager._unread(
@@ -235,10 +234,14 @@ def unread(one):
             None if cos is None else eager._Tables(cos, sin, interleaved),
             eager._Options(sinks, scale, window, cap),
         )  # fmt: skip
-    return out, lse, k_cache, v_cache
+    return out, lse, *written
 
 
-@pytest.mark.parametrize("options", [{}, {"page_size": 7}, ALL], ids=["none", "pages", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"page_size": 7}, ALL, ALL | {"int8": True}],
+    ids=["none", "pages", "all", "int8"],
+)
 @pytest.mark.parametrize("num_queries", [1, 5])
 def test_torch_without_looking_gives_what_it_gives_looking(
     device, options, num_queries, monkeypatch

@@ -88,6 +88,32 @@ def wide() -> None:
     assert torch.equal(out, expected[0])
 
 
+def eight_bits() -> None:
+    """Scales of two heads with strides of their own, what is stored and what is read."""
+    with small_splits():
+        one = call((37, 20), 2, 4, 2, head_dim=8, value_dim=7, page_size=7, int8=True)
+        apart = torch.full((*one.options["v_scale"].shape, 3), torch.nan)[..., 1]
+        one.options["v_scale"] = apart.copy_(one.options["v_scale"])
+        # a copy of the call's arguments would be contiguous
+        written = {name: x.clone() for name, x in one.written.items()} | {"v_scale": apart}
+        out = fastlm.attention_with_kv_cache(
+            one.query, cache_seqlens=one.seqlens, backend="triton", **(one.options | written)
+        )
+        judge(one, "triton")
+        torch.testing.assert_close(out, one("reference")[0])
+        assert same(apart, one("reference")[5]).all()
+        judge(call((3,), 1, head_dim=8, int8=True), "triton")
+
+
+def eight_bits_inside() -> None:
+    """The same at the edge of memory, and beyond it."""
+    with small_splits():
+        for lengths in ((17, 18), (2**30, 18)):
+            one = dataclasses.replace(call((0, 0), 2, capacity=20, int8=True), lengths=[*lengths])
+            tensors = {name: guarded(x) for name, x in {**one.options, **one.tensors()}.items()}
+            fastlm.attention_with_kv_cache(**tensors, cache_seqlens=one.seqlens, backend="triton")
+
+
 MUTANTS = [
     (Mutant("heads are dealt out", DECODE, "kv_head * group_size + pairs % group_size",
             "pairs % group_size * kv_heads + kv_head"), accurate),
@@ -132,6 +158,26 @@ MUTANTS = [
     (Mutant("32-bit offsets", CACHE, "tokens = tokens.to(tl.int64)\n", "pass\n"), wide),
     (Mutant("room for fewer splits", LAUNCH, "max(1, triton.cdiv(longest, tuning.SPLIT_KEYS))",
             "max(1, longest // tuning.SPLIT_KEYS - 4)"), accurate),
+    (Mutant("scores keep the scale of integers", DECODE, "scores *= k_scale.to(ACC)[None, :]",
+            "pass"), eight_bits),
+    (Mutant("values keep it", DECODE, "v.to(ACC) * v_scale.to(ACC)[:, None]", "v.to(ACC)"),
+     eight_bits),
+    (Mutant("one scale for all heads", DECODE, "kv_head * stride_ksg + offsets", "offsets"),
+     eight_bits),
+    (Mutant("a scale from the first token", DECODE, "stride_vsb, stride_vss, IS_PAGED",
+            "stride_vsb, 0, IS_PAGED"), eight_bits),
+    (Mutant("one scale for all heads is written", APPEND, "at + heads * stride_vsg", "at"),
+     eight_bits),
+    (Mutant("integers are cut off", CACHE, "(ratio + 12582912.0) - 12582912.0", "ratio"),
+     eight_bits),
+    (Mutant("128 parts", CACHE, "tl.full(largest.shape, 127.0, ACC)",
+            "tl.full(largest.shape, 128.0, ACC)"), eight_bits),
+    (Mutant("a scale of what does not fit is written", APPEND,
+            "tl.store(k_scale_ptr + at + heads * stride_ksg, scale, mask=inside)",
+            "tl.store(k_scale_ptr + at + heads * stride_ksg, scale)"), eight_bits_inside),
+    (Mutant("a scale behind the last is read", DECODE,
+            "k_scale_ptr + kv_head * stride_ksg + offsets, mask=stored, other=0.0",
+            "k_scale_ptr + kv_head * stride_ksg + offsets"), eight_bits_inside),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.kv_cache import Call, call, same
 from torch import Tensor
 
 import fastlm
+from fastlm.kernels import attention_with_kv_cache as cache_kernels
 from fastlm.kernels import cross_entropy as kernels
 from fastlm.ops import _checked
 from fastlm.testing import cross_entropy_inputs
@@ -187,3 +190,122 @@ def test_the_environment_turns_it_on():
             env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert run.stdout.strip() == want, run.stdout
+
+
+# ---- arguments that are written
+
+LENGTHS = (37, 0, 63)
+
+
+def plant_in_caches(
+    monkeypatch: pytest.MonkeyPatch, harm: Callable[[Tensor, Tensor, Tensor], None]
+) -> None:
+    """Have the triton backend harm its out or, after they are written, the caches."""
+    right = cache_kernels.forward
+
+    def wrong(query: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> Any:
+        results = right(query, k_cache, v_cache, *args)
+        harm(results[0], k_cache, v_cache)
+        return results
+
+    monkeypatch.setattr(cache_kernels, "forward", wrong)
+
+
+def appending(device: str, dtype: torch.dtype = torch.float32, **options: Any) -> Call:
+    return call(LENGTHS, 2, dtype=dtype, device=device, rotary=16, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"page_size": 7}], ids=["whole", "pages"])
+def test_lets_right_caches_pass_unchanged(dtype, backend, options, device):
+    one = appending(device, dtype, **options)
+    expected = one(backend)
+    with fastlm.checked():
+        results = one(backend)
+    for got, want in zip(results, expected, strict=True):
+        assert same(got, want).all()
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (lambda out, k, v: k[0, 37].mul_(1.01), r"argument k_cache of shape.*error .* allowed"),
+    (lambda out, k, v: v[2, 64, 0, 5].mul_(-1), r"argument v_cache.*\[2, 1, 0, 5\]"),
+    (lambda out, k, v: v[1, 0].fill_(torch.nan), "argument v_cache.*not finite"),
+    (lambda out, k, v: k[0, :39].copy_(k[0, :39].roll(1, 0)), "argument k_cache"),
+    (lambda out, k, v: k[2, 0, 0, 3].mul_(1 + 1e-6),
+     r"argument k_cache.*written where it was not to be; worst at \[2, 0, 0, 3\]"),
+    (lambda out, k, v: v[1, 2:].zero_(), r"argument v_cache.*\[1, 2, 0, 0\]: 0.0, not nan"),
+    (lambda out, k, v: out[1].add_(0.01), "output 0"),
+], ids=["key", "value", "nothing", "a token off", "old key", "a token more", "out"])  # fmt: skip
+def test_catches_what_is_written_wrong(harm, message, device, monkeypatch):
+    plant_in_caches(monkeypatch, harm)
+    one = appending(device)
+    one("triton")
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch, match=message):
+        one("triton")
+
+
+def test_catches_an_append_of_the_wrong_tokens(device, monkeypatch):
+    """And attention over them, which is right, does not hide it."""
+    right = cache_kernels.forward
+
+    def wrong(*args: Any) -> Any:
+        *before, key = args[:6]
+        return right(*before, key.roll(1, 1), *args[6:])
+
+    monkeypatch.setattr(cache_kernels, "forward", wrong)
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch, match="argument k_cache"):
+        appending(device)("triton")
+
+
+@pytest.mark.parametrize("options", [{}, {"page_size": 10}], ids=["whole", "pages"])
+def test_a_row_that_does_not_fit_is_no_mismatch(options, device, monkeypatch):
+    one = dataclasses.replace(appending(device, **options), lengths=[99, 0, 63])
+    if options:
+        one.options["block_table"][2, 6] = -1
+    with fastlm.checked():
+        out, *_ = one("triton")
+    unfit = [True, False, bool(options)]
+    assert out.isnan().flatten(1).all(1).tolist() == unfit
+    plant_in_caches(monkeypatch, lambda out, k, v: out[0].zero_())
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch, match="output 0"):
+        one("triton")
+
+
+def test_reading_alone_writes_nothing(device, monkeypatch):
+    one = call(LENGTHS, 2, device=device, appends=False)
+    with fastlm.checked():
+        one("triton")
+    plant_in_caches(monkeypatch, lambda out, k, v: k[0, 5].mul_(1.5))
+    with fastlm.checked(), pytest.raises(fastlm.KernelMismatch, match=r"\[0, 5, 0, 0\]"):
+        one("triton")
+
+
+def test_sees_what_compiled_code_writes(device, monkeypatch, fresh_compiler):
+    one = appending(device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> Any:
+        return fastlm.attention_with_kv_cache(
+            query, k_cache, v_cache, cache_seqlens=one.seqlens, backend="triton", **one.options
+        )
+
+    with torch.no_grad(), fastlm.checked():
+        step(**one.tensors())
+        plant_in_caches(monkeypatch, lambda out, k, v: k[0, 37].zero_())
+        with pytest.raises(fastlm.KernelMismatch, match="argument k_cache"):
+            step(**one.tensors())
+
+
+def test_autograd_knows_what_was_written(device):
+    one = appending(device)
+    weight = torch.ones_like(one.k_cache).requires_grad_()
+    k_cache = one.k_cache.nan_to_num(0.0)
+    total = (k_cache * weight).sum()
+    with torch.no_grad(), fastlm.checked():
+        fastlm.attention_with_kv_cache(
+            one.query, k_cache, one.v_cache, cache_seqlens=one.seqlens, backend="triton",
+            **one.options,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
-from fastlm.testing import assert_all_as_accurate, attention_inputs, run
+from fastlm.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+from fastlm.testing import assert_all_as_accurate, assert_as_accurate, attention_inputs, run
 
 DENSE = {
     "q": ..., "k": ..., "v": ..., "dropout_p": 0.0, "softmax_scale": None, "causal": False,
@@ -24,9 +28,22 @@ PACKED = {
     "return_attn_probs": False, "block_table": None,
 }  # fmt: skip
 
+CACHED = {
+    "q": ..., "k_cache": ..., "v_cache": ..., "k": None, "v": None, "rotary_cos": None,
+    "rotary_sin": None, "cache_seqlens": None, "cache_batch_idx": None, "cache_leftpad": None,
+    "block_table": None, "softmax_scale": None, "causal": False, "window_size": (-1, -1),
+    "softcap": 0.0, "rotary_interleaved": True, "alibi_slopes": None, "num_splits": 0,
+    "return_softmax_lse": False,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
-    ("function", "names"), [(flash_attn_func, DENSE), (flash_attn_varlen_func, PACKED)]
+    ("function", "names"),
+    [
+        (flash_attn_func, DENSE),
+        (flash_attn_varlen_func, PACKED),
+        (flash_attn_with_kvcache, CACHED),
+    ],
 )
 def test_has_the_signature_of_version_2_8(function, names):
     found = inspect.signature(function).parameters.values()
@@ -231,3 +248,225 @@ def test_errors_have_the_names_and_shapes_of_the_caller(name, change, message):
 def test_softcap_is_a_number():
     with pytest.raises(TypeError, match="flash_attn_func: softcap must be "):
         flash_attn_func(*attention_inputs(1, 6, 6, 2, 2, 8), causal=True, softcap=None)
+
+
+# ---- over a cache
+
+
+def cached(num_queries, lengths=(30, 0), device="cpu", rows=(0, 1), size=60):
+    """q, both caches of two rows more than needed, k, v."""
+    batch, generator = len(lengths), torch.Generator().manual_seed(1)
+    count = max(rows) + 3
+    shapes = [(batch, num_queries, 4, 16), *[(count, size, 2, 16)] * 2]
+    shapes += [(batch, num_queries, 2, 16)] * 2
+    q, k_cache, v_cache, k, v = (torch.randn(s, generator=generator).to(device) for s in shapes)
+    for row in range(count):
+        # what nothing may read
+        length = lengths[rows.index(row)] if row in rows else 0
+        k_cache[row, length:], v_cache[row, length:] = torch.nan, torch.nan
+    return q, k_cache, v_cache, k, v
+
+
+def angles(device, count=60, pairs=6):
+    x = torch.linspace(0, 5, count * pairs, device=device).view(count, pairs)
+    return x.cos(), x.sin()
+
+
+def defined_over_cache(
+    q, k_cache, v_cache, k, v, lengths, rows=(0, 1), tables=None, interleaved=True, **options
+):
+    """Row by row.  The caches are not written; what they must hold is returned beside the out."""
+    outs, k_cache, v_cache = [], k_cache.clone(), v_cache.clone()
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        one, end = q[b : b + 1], length + q.shape[1]
+        if k is None:
+            end = length
+        else:
+            new = k[b : b + 1]
+            if tables is not None:
+                turns = (x[length:end].to(q.dtype) for x in tables)
+                one, new = fastlm.apply_rotary(one, new, *turns, interleaved=interleaved)
+            k_cache[row, length:end], v_cache[row, length:end] = new[0], v[b]
+        stored = (x[row : row + 1, :end] for x in (k_cache, v_cache))
+        outs.append(defined(one, *stored, right=0, **options))
+    return torch.cat(outs), k_cache, v_cache
+
+
+def assert_over_cache(inputs, lengths, call, **meaning):
+    """``call`` of copies of the inputs gives, and writes, what the definition does."""
+    q, k_cache, v_cache, *_ = inputs
+    written = k_cache.clone(), v_cache.clone()
+    out = call(q, *written)
+    plain, *_ = defined_over_cache(*inputs, lengths, **meaning)
+    wide = (None if x is None else x.double() for x in inputs)
+    truth, *stored = defined_over_cache(*wide, lengths, **meaning)
+    assert_as_accurate("out", out, plain=plain, truth=truth)
+    for got, want in zip(written, stored, strict=True):
+        torch.testing.assert_close(got, want.float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize(
+    ("options", "meaning"),
+    [
+        ({"causal": True}, {"left": -1}),
+        ({"window_size": (-1, 0)}, {"left": -1}),
+        ({"causal": True, "window_size": (7, 3)}, {"left": 7}),
+        ({"window_size": (7, 0), "softcap": 0.7}, {"left": 7, "softcap": 0.7}),
+        (
+            {"causal": True, "softmax_scale": 0.6, "num_splits": 3},
+            {"left": -1, "softmax_scale": 0.6},
+        ),
+    ],
+    ids=str,
+)
+def test_a_cache_is_extended_and_attended_over(device, num_queries, options, meaning):
+    inputs, lengths = cached(num_queries, device=device), (30, 0)
+    *_, k, v = inputs
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    for tables in (None, angles(device)):
+        turns = () if tables is None else tables
+
+        def call(*tensors, turns=turns):
+            names = dict(zip(("rotary_cos", "rotary_sin"), turns, strict=False))
+            return flash_attn_with_kvcache(
+                *tensors, k, v, cache_seqlens=seqlens, **names, **options
+            )
+
+        assert_over_cache(inputs, lengths, call, tables=tables, **meaning)
+
+
+def test_rotation_pairs_neighbours_if_not_said_otherwise(device):
+    inputs = cached(2, (30, 30), device=device)
+    tables = angles(device)
+    for interleaved, said in ((True, {}), (False, {"rotary_interleaved": False})):
+        assert_over_cache(
+            inputs,
+            (30, 30),
+            lambda *x, said=said: flash_attn_with_kvcache(
+                *x, *inputs[3:], *tables, 30, causal=True, **said
+            ),
+            tables=tables,
+            interleaved=interleaved,
+            left=-1,
+        )
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (4, 4)])
+def test_a_single_query_sees_all_that_is_cached_without_being_causal(device, window_size):
+    inputs = cached(1, device=device)
+    seqlens = torch.tensor([30, 0], device=device)
+    assert_over_cache(
+        inputs,
+        (30, 0),
+        lambda *x: flash_attn_with_kvcache(
+            *x, *inputs[3:], cache_seqlens=seqlens, window_size=window_size
+        ),
+        left=window_size[0],
+    )
+
+
+def test_without_lengths_the_caches_are_full(device):
+    q, k_cache, v_cache, *_ = cached(3, (60, 60), device=device)
+    inputs = q, k_cache[:2], v_cache[:2], None, None
+    whole = [x[:2].reshape(12, 10, 2, 16) for x in (k_cache, v_cache)]
+    table = torch.arange(12, dtype=torch.int32, device=device).view(2, 6)
+    assert_over_cache(
+        inputs, (60, 60), lambda *x: flash_attn_with_kvcache(*x, causal=True), left=-1
+    )
+    paged = flash_attn_with_kvcache(q, *whole, block_table=table, causal=True)
+    torch.testing.assert_close(paged, flash_attn_with_kvcache(*inputs[:3], causal=True))
+
+
+@pytest.mark.parametrize("lengths", ["host", "device"])
+def test_rows_of_the_caches_are_chosen(device, lengths):
+    rows = (4, 1)
+    inputs = cached(3, (30, 30), device=device, rows=rows)
+    index = torch.tensor(rows, dtype=torch.int32, device=device)
+    seqlens = 30 if lengths == "host" else torch.tensor([30, 30], device=device)
+    assert_over_cache(
+        inputs,
+        (30, 30),
+        lambda *x: flash_attn_with_kvcache(
+            *x, *inputs[3:], cache_seqlens=seqlens, cache_batch_idx=index, causal=True
+        ),
+        rows=rows,
+        left=-1,
+    )
+
+
+def test_the_lse_comes_when_asked_for(device):
+    q, k_cache, v_cache, *_ = cached(2, (60, 60), device=device)
+    out, lse = flash_attn_with_kvcache(q, k_cache, v_cache, causal=True, return_softmax_lse=True)
+    assert torch.equal(out, flash_attn_with_kvcache(q, k_cache, v_cache, causal=True))
+    ours = fastlm.attention_with_kv_cache(
+        q, k_cache[:2], v_cache[:2], cache_seqlens=60, return_lse=True
+    )
+    assert torch.equal(lse, ours[1])
+    assert lse.shape == (2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache_leftpad": torch.zeros(2)}, "cache_leftpad must be None, got Tensor"),
+        ({"alibi_slopes": torch.zeros(4)}, "alibi_slopes must be None, got Tensor"),
+        ({"causal": False}, "causal must be True, or window_size end with 0"),
+        ({"causal": False, "window_size": (3, 1)}, r"causal must be True, .*\(3, 1\)"),
+        ({"k": torch.zeros(2, 1, 2, 16)}, "k must have as many tokens as q, 3, got 1"),
+        (
+            {"cache_batch_idx": torch.zeros(2).int(), "block_table": torch.zeros(2, 1).int()},
+            "cache_batch_idx must be None with block_table",
+        ),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_what_a_cache_cannot_have_is_refused_by_name(changes, message):
+    q, k_cache, v_cache, k, v = cached(3)
+    arguments = {"k": k, "v": v, "cache_seqlens": 5, "causal": True, **changes}
+    with pytest.raises(NotImplementedError, match=f"flash_attn_with_kvcache: {message}"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cache_seqlens": None}, ValueError, "cache_seqlens must be given with k"),
+        ({"v": None}, ValueError, "v must come with k"),
+        ({"k": None, "v": None, "rotary_cos": ...}, ValueError, "k must be given with rotary_cos"),
+        ({"q": torch.zeros(3, 4, 16)}, ValueError, r"q must have shape \(B, T, H, D\)"),
+        (
+            {"q": torch.zeros(9, 3, 4, 16), "k": None, "v": None},
+            ValueError,
+            "k_cache must have a row",
+        ),
+        ({"k_cache": torch.zeros(2, 60, 2, 8)}, ValueError, "k_cache must have shape .* match q"),
+        ({"v_cache": torch.zeros(2, 9, 2, 8)}, ValueError, "v_cache must have shape .* k_cache"),
+        ({"k": torch.zeros(2, 3, 1, 16)}, ValueError, "k must have shape .* k_cache"),
+        ({"q": torch.zeros(2, 3, 3, 16)}, ValueError, "k_cache must have a number of heads"),
+        ({"cache_batch_idx": torch.zeros(3).int()}, ValueError, "cache_batch_idx must have shape"),
+        ({"cache_batch_idx": torch.zeros(2)}, TypeError, "cache_batch_idx must be one of int32"),
+        ({"num_splits": -1}, ValueError, "num_splits must be 0 or more, got -1"),
+        ({"num_splits": 1.0}, TypeError, "num_splits must be an integer"),
+        ({"softcap": -1.0}, ValueError, "softcap must be 0 or positive"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_errors_over_a_cache_have_the_names_of_the_caller(changes, error, message):
+    q, k_cache, v_cache, k, v = cached(3)
+    arguments = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    arguments |= {"cache_seqlens": 5, "causal": True, **changes}
+    if "rotary_cos" in changes:
+        arguments |= dict(zip(("rotary_cos", "rotary_sin"), angles("cpu"), strict=True))
+    with pytest.raises(error, match=f"flash_attn_with_kvcache: {message}"):
+        flash_attn_with_kvcache(**arguments)
+
+
+def test_a_cache_that_cannot_hold_the_tokens_is_left_alone(device):
+    q, k_cache, v_cache, k, v = cached(3, device=device)
+    before = k_cache.clone()
+    with pytest.raises(ValueError, match="cache_seqlens must be from 0 to 57"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=58, causal=True)
+    torch.testing.assert_close(k_cache, before, equal_nan=True)
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        flash_attn_with_kvcache(q.requires_grad_(), k_cache, v_cache, causal=True)

@@ -38,7 +38,8 @@ def define_op(
             argument is a tensor.
         backends: Name of each backend to the module that implements it, preferred first.
         fake: Same arguments; returns empty outputs of the right shape, dtype and device.
-        mutates: Names of arguments written in place.
+        mutates: Names of arguments written in place.  The ``"reference"`` module then has a
+            ``written_<step>``, which :func:`fastlm.ops._checked.run` asks.
     """
     definition = getattr(importlib.import_module(backends["reference"]), step)
     mutates = tuple(mutates)
@@ -61,11 +62,12 @@ def define_op(
                     return run(*args)
         chosen, implementation = choose(op, step, backends, wanted, inputs)
         if chosen != "reference" and _checked.is_on():
-            return _checked.run(op, step, chosen, implementation, definition, inputs)
-        results = implementation(*inputs)
+            results = _checked.run(op, step, chosen, implementation, definition, inputs, written)
+        else:
+            results = implementation(*inputs)
         for at in written:
             # a kernel writes unseen by autograd, which must not take what it saved for what it saw
-            if not inputs[at].is_inference():
+            if inputs[at] is not None and not inputs[at].is_inference():
                 torch.autograd.graph.increment_version(inputs[at])
         return results
 

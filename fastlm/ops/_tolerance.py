@@ -11,6 +11,9 @@ float64) and u * 2^-6 max|truth| for narrower dtypes.  The third line sees trunc
 was due; it takes the errors of elements as independent, which a last cast to a narrow dtype makes
 them, and is not asked of float32 and float64, where the errors of a row have one cause, its lse for
 example.
+Integers that stand for real numbers, ``truth`` and ``plain`` being those, must be the nearest:
+max e <= 1/2 + m max e_plain + 8 * 2^-24 max|truth|.
+
 Positions of NaN, +inf and -inf must be those of the truth or, where eager torch differs from it,
 those of eager torch.
 """
@@ -56,8 +59,8 @@ def compare(
     """Judge ``actual``; ``plain`` and ``truth`` have its shape.  None means close enough.
 
     Args:
-        actual: Result, any float dtype; its dtype decides the roundoff allowed.
-        plain: The same from eager torch in the dtype of ``actual``.
+        actual: Result, any float dtype, or integers; its dtype decides the roundoff allowed.
+        plain: The same from eager torch in the dtype of ``actual``, of integers before rounding.
         truth: The same in float64.
         multiple: m above: 2, or 3 for attention gradients with softcap or head_dim above 128.
     """
@@ -68,7 +71,7 @@ def compare(
     got, want = actual.detach().double(), truth.detach().double()
     usual = plain.detach().double()
     # a value beyond the range of the output's dtype is infinite in any correct result
-    representable = want.to(actual.dtype).double()
+    representable = want.to(actual.dtype).double() if actual.is_floating_point() else want
     class_differs = (_kind(got) != _kind(representable)) & (_kind(got) != _kind(usual))
     if class_differs.any():
         return _mismatch("not finite where it should be, or the reverse", class_differs, got, want)
@@ -78,6 +81,12 @@ def compare(
     error = torch.where(finite, (got - want).abs(), 0.0)
     # what plain torch overflows in allows nothing
     usual_error = torch.where(finite & usual.isfinite(), (usual - want).abs(), 0.0)
+    if not actual.is_floating_point():
+        allowed = 0.5 + multiple * usual_error.max().item() + 2.0**-21 * want.abs().max().item()
+        if error.max().item() <= allowed:
+            return None
+        reason = f"error {error.max().item():.3e}, {allowed:.3e} allowed"
+        return _mismatch(reason, error, got, want)
     roundoff = _UNIT_ROUNDOFF[actual.dtype]
     scale = want[finite].abs().max().item()
     floor = (8 * roundoff if roundoff <= 2.0**-24 else roundoff * 2.0**-6) * scale
@@ -102,6 +111,11 @@ def compare(
     if shrink > allowed:
         return _mismatch(f"shrink {shrink:.3e}, {allowed:.3e} allowed", error, got, want)
     return None
+
+
+def differing(reason: str, differs: Tensor, actual: Tensor, expected: Tensor) -> Mismatch | None:
+    """The first element that ``differs``, of tensors that must be equal."""
+    return _mismatch(reason, differs, actual, expected) if differs.any() else None
 
 
 def _kind(x: Tensor) -> Tensor:

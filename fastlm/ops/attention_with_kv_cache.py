@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.ops._autocast import dtype_under_autocast
 from fastlm.ops._checks import (
     check_dtype,
     check_integer,
@@ -23,6 +24,7 @@ from fastlm.ops._define import define_op
 _OP = "attention_with_kv_cache"
 MAX_HEAD_DIM = 256
 _INT32_MAX = 2**31 - 1
+_LEAST_SOFTCAP, _MOST_SOFTCAP = 2.0**-100, 2.0**100
 BACKENDS = {
     "triton": "fastlm.kernels.attention_with_kv_cache",
     "torch": "fastlm.ops.eager.attention_with_kv_cache",
@@ -46,6 +48,8 @@ def attention_with_kv_cache(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -63,12 +67,21 @@ def attention_with_kv_cache(
     parts depends on L and on T H / G alone, so a row has the same bits in any batch and in a cache
     of any size or kind.  Its workspace, of D + 1 floats for each query, head and part, has room for
     the longest row that the cache can hold, where lengths are on the device.  There is no gradient.
-    Under autocast query, key and value are cast to the dtype of the caches.
+    Under autocast query, key and value are cast to the dtype of the caches, or to autocast's if
+    those are int8.
+
+    An int8 cache has a float32 scale for each token and head, which the append writes with it.  A
+    row x of D channels, turned and in the dtype of query, becomes ``scale = max |x| / 127`` and of
+    each x / scale the nearest integer, of two the even one, from -127 to 127.  Both divisions are
+    in float32, rounded to nearest (in float64 for float64 inputs, the scale then in float32).  A
+    row of zeros has the scale 0, one with an infinity or NaN the scale NaN, and both integers 0.
+    Every backend stores the same integers, but where a rotation that was rounded otherwise changes
+    which one is nearest.
 
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; T from 1, D from 1 to 256.
-        k_cache: ``(B, S_max, G, D)``, dtype of query, written in place; or, with ``block_table``,
-            pages ``(pages, page_size, G, D)``.  H must be a multiple of G.
+        k_cache: ``(B, S_max, G, D)``, dtype of query or int8, written in place; or, with
+            ``block_table``, pages ``(pages, page_size, G, D)``.  H must be a multiple of G.
         v_cache: ``(B, S_max, G, Dv)`` or ``(pages, page_size, G, Dv)``, likewise.  With ``key``
             neither cache may share memory with another argument.
         key: ``(B, T, G, D)`` to append, dtype of query; None to append nothing.
@@ -85,6 +98,10 @@ def attention_with_kv_cache(
         window_size: As in :func:`causal_attention`.
         softcap: Likewise.
         sinks: Likewise; ``(H,)``.
+        k_scale: ``(B, S_max, G)`` or ``(pages, page_size, G)`` float32, written in place, with int8
+            caches alone: what stands for a key is ``k_cache`` times it.  Memory of its own, like
+            that of the caches.
+        v_scale: The same for ``v_cache``.
         num_splits: Into how many parts the triton backend divides the keys of each row; None lets
             the length decide.
         return_lse: Also return the log-sum-exp of each query's scores.
@@ -105,22 +122,26 @@ def attention_with_kv_cache(
     """
     if torch._C._is_any_autocast_enabled() and isinstance(k_cache, Tensor):
         query, key, value = _cast_to_cache(k_cache, query, key, value)
-    _check_tensors(query, k_cache, v_cache, key, value, block_table)
+    _check_tensors(query, k_cache, v_cache, k_scale, v_scale, key, value, block_table)
     if key is not None:
-        _check_writable(k_cache, v_cache)
+        _check_writable(k_cache, v_cache, k_scale, v_scale)
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(query, key, rotary_cos, rotary_sin)
     lengths, length = _checked_lengths(query, key, cache_seqlens, capacity, rotary_cos)
     _check_options(query, scale, window_size, softcap, sinks, num_splits)
+    if softcap is not None:
+        # beyond these nothing changes but that float32 cannot divide by it
+        softcap = min(max(float(softcap), _LEAST_SOFTCAP), _MOST_SOFTCAP)
     if block_table is not None:
         block_table = _narrow(block_table).contiguous()
     if window_size is not None:
         window_size = min(int(window_size), _INT32_MAX)
     out, lse = _forward(
-        query, k_cache, v_cache, key, value, lengths, block_table, rotary_cos, rotary_sin, sinks,
-        length, rotary_interleaved, query.shape[-1] ** -0.5 if scale is None else float(scale),
-        window_size, None if softcap is None else float(softcap), num_splits, backend,
+        query, k_cache, v_cache, k_scale, v_scale, key, value, lengths, block_table, rotary_cos,
+        rotary_sin, sinks, length, rotary_interleaved,
+        query.shape[-1] ** -0.5 if scale is None else float(scale), window_size,
+        softcap, num_splits, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -129,6 +150,8 @@ def _check_tensors(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     key: Tensor | None,
     value: Tensor | None,
     block_table: Tensor | None,
@@ -140,6 +163,8 @@ def _check_tensors(
     for name, x in tensors.items():
         check_tensor(_OP, name, x)
         _check_constant(name, x)
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_stored(name, x)
     check_dtype(_OP, "query", query)
     check_shape(_OP, "query", query, ("B", "T", "H", "D"))
     batch, num_queries, heads, head_dim = query.shape
@@ -160,9 +185,22 @@ def _check_tensors(
         shape = (batch, num_queries, kv_heads)
         check_shape(_OP, "key", key, (*shape, head_dim), "to match query and k_cache")
         check_shape(_OP, "value", value, (*shape, v_cache.shape[-1]), "to match query and v_cache")
+    is_int8 = k_cache.dtype == torch.int8
     for name, x in list(tensors.items())[1:]:
-        check_same_dtype(_OP, name, x, "query", query)
+        if not (is_int8 and name in ("k_cache", "v_cache")):
+            check_same_dtype(_OP, name, x, "query", query)
         check_same_device(_OP, name, x, "query", query)
+    check_same_dtype(_OP, "v_cache", v_cache, "k_cache", k_cache)
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        given = "None" if scales is None else f"{k_cache.dtype} caches".removeprefix("torch.")
+        check_that(_OP, name, (scales is not None) == is_int8, "come with int8 caches", given)
+        if scales is not None:
+            check_tensor(_OP, name, scales)
+            _check_constant(name, scales)
+            _check_stored(name, scales)
+            check_dtype(_OP, name, scales, (torch.float32,))
+            check_shape(_OP, name, scales, k_cache.shape[:3], "to match k_cache")
+            check_same_device(_OP, name, scales, "query", query)
     for name, x in (("query", query), ("v_cache", v_cache)):
         fits = 1 <= x.shape[-1] <= MAX_HEAD_DIM
         check_that(_OP, name, fits, f"have a head_dim of 1 to {MAX_HEAD_DIM}", x.shape[-1])
@@ -172,8 +210,11 @@ def _check_tensors(
 
 
 def _cast_to_cache(k_cache: Tensor, *tensors: Any) -> list[Any]:
-    """As autocast would: the caches, which are written, decide the dtype."""
-    return [x.to(k_cache.dtype) if isinstance(x, Tensor) else x for x in tensors]
+    """As autocast would: the caches, which are written, decide the dtype if they can."""
+    dtype = k_cache.dtype
+    if dtype == torch.int8:
+        return [x.to(dtype_under_autocast(x)) if isinstance(x, Tensor) else x for x in tensors]
+    return [x.to(dtype) if isinstance(x, Tensor) else x for x in tensors]
 
 
 def _narrow(x: Tensor) -> Tensor:
@@ -181,14 +222,28 @@ def _narrow(x: Tensor) -> Tensor:
     return x if x.dtype == torch.int32 else x.clamp(-1, _INT32_MAX).int()
 
 
-def _check_writable(k_cache: Tensor, v_cache: Tensor) -> None:
+def _check_writable(
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
     check_that(_OP, "v_cache", v_cache is not k_cache, "be another tensor than k_cache", "it")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+    differ = v_scale is None or v_scale is not k_scale
+    check_that(_OP, "v_scale", differ, "be another tensor than k_scale", "it")
+    written = (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale))
+    for name, x in (*written, ("v_scale", v_scale)):
+        if x is None:
+            continue
         expanded = any(
             size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
         )
         requirement = "have memory of its own for every element, to be written"
         check_that(_OP, name, not expanded, requirement, f"strides {x.stride()}")
+
+
+def _check_stored(name: str, x: Tensor) -> None:
+    """torch would write to a copy of a view that negates what it shows, if it does not crash."""
+    # what Dynamo traces cannot be asked
+    negates = not torch.compiler.is_compiling() and x.is_neg()
+    check_that(_OP, name, not negates, "be no view that negates: use resolve_neg()", "one")
 
 
 def _check_constant(name: str, x: Tensor) -> None:
@@ -277,4 +332,5 @@ def _fake(
     return out, query.new_empty((batch, heads, num_queries), dtype=dtype)
 
 
-_forward = define_op(_OP, "forward", BACKENDS, fake=_fake, mutates=("k_cache", "v_cache"))
+_WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
+_forward = define_op(_OP, "forward", BACKENDS, fake=_fake, mutates=_WRITTEN)

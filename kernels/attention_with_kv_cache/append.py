@@ -7,7 +7,7 @@ nothing.
 import triton
 import triton.language as tl
 
-from .cache import load_turned, pages_exist, row_length, token_offsets
+from .cache import load_turned, pages_exist, quantized, row_length, token_offsets
 
 # what varies from call to call: Triton would compile anew for 1, and for multiples of 16
 LENGTHS = ["num_queries", "cache_length", "capacity", "max_pages", "page_size", "num_pages"]
@@ -19,6 +19,8 @@ def append_kernel(
     value_ptr,  # (B, T, G, VALUE_DIM)
     k_cache_ptr,  # (B, S, G, HEAD_DIM), or pages
     v_cache_ptr,  # (B, S, G, VALUE_DIM), or pages
+    k_scale_ptr,  # (B, S, G) float32, or pages, written if HAS_SCALES
+    v_scale_ptr,
     seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
     table_ptr,  # (B, max_pages) int32, read if IS_PAGED
     cos_ptr,  # (positions, PAIRS), read if PAIRS > 0
@@ -35,6 +37,12 @@ def append_kernel(
     stride_vcb,
     stride_vcs,
     stride_vcg,
+    stride_ksb,
+    stride_kss,
+    stride_ksg,
+    stride_vsb,
+    stride_vss,
+    stride_vsg,
     kv_heads,  # G
     num_queries,  # T
     cache_length,  # read unless HAS_LENGTHS
@@ -46,6 +54,7 @@ def append_kernel(
     VALUE_DIM: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_PAGED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -76,6 +85,13 @@ def append_kernel(
         positions, inside, row, table_ptr, max_pages, page_size, stride_kcb, stride_kcs, IS_PAGED
     )
     offsets += heads * stride_kcg
+    if HAS_SCALES:
+        key, scale = quantized(key, ACC)
+        at = token_offsets(
+            positions, inside, row, table_ptr, max_pages, page_size, stride_ksb, stride_kss,
+            IS_PAGED,
+        )  # fmt: skip
+        tl.store(k_scale_ptr + at + heads * stride_ksg, scale, mask=inside)
     cols = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (cols < HEAD_DIM)[None, :]
     tl.store(k_cache_ptr + offsets[:, None] + cols[None, :], key, mask=mask)
@@ -88,4 +104,11 @@ def append_kernel(
         positions, inside, row, table_ptr, max_pages, page_size, stride_vcb, stride_vcs, IS_PAGED
     )
     offsets += heads * stride_vcg
+    if HAS_SCALES:
+        value, scale = quantized(value, ACC)
+        at = token_offsets(
+            positions, inside, row, table_ptr, max_pages, page_size, stride_vsb, stride_vss,
+            IS_PAGED,
+        )  # fmt: skip
+        tl.store(v_scale_ptr + at + heads * stride_vsg, scale, mask=inside)
     tl.store(v_cache_ptr + offsets[:, None] + cols[None, :], value, mask=mask)

@@ -1,4 +1,4 @@
-"""Where a token of a row stands in a cache, whether a row fits, and rotation at its position."""
+"""Where a token of a row stands in a cache, whether a row fits; its rotation; its 8 bits."""
 
 import triton
 import triton.language as tl
@@ -71,3 +71,36 @@ def load_turned(
         sin = tl.where(is_first[None, :], -sin, sin)
         x = (x.to(ACC) * cos + other.to(ACC) * sin).to(x.dtype)
     return x
+
+
+@triton.jit
+def quantized(x, ACC: tl.constexpr):
+    """``(int8, float32 scales)`` of the rows of a tile.
+
+    The nearest multiples, of two the even one, of a row's largest magnitude / 127; a row that has
+    something else than numbers has the scale NaN.  Division must be that of IEEE 754, for all
+    backends to store the same.
+    """
+    x = x.to(ACC)
+    largest = tl.max(tl.abs(x), 1)
+    is_finite = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) == 1
+    scale = divided(largest, tl.full(largest.shape, 127.0, ACC)).to(tl.float32)
+    scale = tl.where(is_finite & (scale < float("inf")), scale, float("nan"))
+    divisor = scale.to(ACC)[:, None] + tl.zeros(x.shape, ACC)
+    ratio = tl.where(divisor > 0, divided(x, divisor), 0.0)
+    # a sum this large has no bits after the point: it is rounded to an integer
+    if ratio.dtype == tl.float64:
+        ratio = (ratio + 6755399441055744.0) - 6755399441055744.0
+    else:
+        ratio = (ratio + 12582912.0) - 12582912.0
+    # a scale that underflows may be too small by half
+    return tl.minimum(tl.maximum(ratio, -127.0), 127.0).to(tl.int8), scale
+
+
+@triton.jit
+def divided(x, y):
+    """Rounded to nearest: what ``/`` is in float64 alone."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)

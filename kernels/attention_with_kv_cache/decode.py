@@ -48,6 +48,8 @@ def decode_kernel(
     q_ptr,  # (B, T, H, HEAD_DIM)
     k_ptr,  # (B, S, G, HEAD_DIM), or pages
     v_ptr,  # (B, S, G, VALUE_DIM), or pages
+    k_scale_ptr,  # (B, S, G) float32, or pages, read if HAS_SCALES
+    v_scale_ptr,
     out_ptr,  # (B, T, H, VALUE_DIM) contiguous if IS_WHOLE, else (B, H, T, splits, VALUE_DIM) ACC
     lse_ptr,  # (B, H, T) contiguous ACC, natural, if IS_WHOLE, else (B, H, T, splits), base 2
     sinks_ptr,  # (H,), read if HAS_SINKS
@@ -64,6 +66,12 @@ def decode_kernel(
     stride_vb,
     stride_vs,
     stride_vg,
+    stride_ksb,
+    stride_kss,
+    stride_ksg,
+    stride_vsb,
+    stride_vss,
+    stride_vsg,
     batch_kv_heads,  # B * G
     kv_heads,  # G
     group_size,  # query heads per key/value head
@@ -83,6 +91,7 @@ def decode_kernel(
     APPENDS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_PAGED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -156,7 +165,14 @@ def decode_kernel(
             k_ptr + kv_head * stride_kg + offsets[:, None] + key_cols[None, :],
             mask=stored[:, None] & (key_cols < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        # 8 bits are exact in any dtype of q
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION, out_dtype=ACC)
+        if HAS_SCALES:
+            offsets = token_offsets(
+                keys, stored, row, table_ptr, max_pages, page_size, stride_ksb, stride_kss, IS_PAGED
+            )
+            k_scale = tl.load(k_scale_ptr + kv_head * stride_ksg + offsets, mask=stored, other=0.0)
+            scores *= k_scale.to(ACC)[None, :]
         if HAS_SOFTCAP:
             scores = capped(scores * inner, FAST_CAP)
         seen = visible(queries[:, None], keys[None, :], length, offset, window, HAS_WINDOW)
@@ -171,6 +187,13 @@ def decode_kernel(
             v_ptr + kv_head * stride_vg + offsets[:, None] + value_cols[None, :],
             mask=stored[:, None] & (value_cols < VALUE_DIM)[None, :], other=0.0,
         )  # fmt: skip
+        if HAS_SCALES:
+            offsets = token_offsets(
+                keys, stored, row, table_ptr, max_pages, page_size, stride_vsb, stride_vss, IS_PAGED
+            )
+            v_scale = tl.load(v_scale_ptr + kv_head * stride_vsg + offsets, mask=stored, other=0.0)
+            # not into p, which may be too small for float16 then
+            v = (v.to(ACC) * v_scale.to(ACC)[:, None]).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
 
     # a row that sees no key has a sum of 0 and a maximum of -inf: out 0, lse -inf

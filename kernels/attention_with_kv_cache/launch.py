@@ -21,6 +21,8 @@ def forward_refuses(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     key: Tensor | None,
     value: Tensor | None,
     *rest: object,
@@ -40,6 +42,8 @@ def forward(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     key: Tensor | None,
     value: Tensor | None,
     cache_seqlens: Tensor | None,
@@ -76,6 +80,7 @@ def forward(
     kinds: dict[str, Any] = {
         "HAS_LENGTHS": cache_seqlens is not None,
         "IS_PAGED": block_table is not None,
+        "HAS_SCALES": k_scale is not None,
     }
     turns = {
         "PAIRS": 0 if rotary_cos is None else rotary_cos.shape[1],
@@ -85,19 +90,21 @@ def forward(
         "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
         "BLOCK_D": block(head_dim), "BLOCK_V": block(value_dim), "ACC": acc,
     }  # fmt: skip
-    strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    strides: tuple[int, ...] = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    for scales in (k_scale, v_scale):
+        strides += (0, 0, 0) if scales is None else scales.stride()
     if key is not None and value is not None:
         plan = tuning.APPEND
         launch(
             append_kernel, (batch * triton.cdiv(num_queries * kv_heads, plan.block_m),),
-            key, value, k_cache, v_cache, cache_seqlens, block_table, rotary_cos, rotary_sin,
-            *key.stride()[:3], *value.stride()[:3], *strides, kv_heads, num_queries, *lengths,
-            **kinds, **turns, **sizes, BLOCK=plan.block_m,
+            key, value, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table,
+            rotary_cos, rotary_sin, *key.stride()[:3], *value.stride()[:3], *strides, kv_heads,
+            num_queries, *lengths, **kinds, **turns, **sizes, BLOCK=plan.block_m,
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
 
     pairs = num_queries * group_size
-    plan = tuning.plan(pairs, head_dim, value_dim, query.dtype)
+    plan = tuning.plan(pairs, head_dim, value_dim, query.dtype, k_cache.dtype)
     splitting = {
         "APPENDS": key is not None,
         "HAS_LENGTHS": cache_seqlens is not None,
@@ -119,12 +126,12 @@ def forward(
     blocks = triton.cdiv(pairs, plan.block_m)
     launch(
         decode_kernel, (batch * kv_heads * blocks * splits,),
-        query, k_cache, v_cache, out_parts, lse_parts, sinks, cache_seqlens, block_table,
-        rotary_cos, rotary_sin, *query.stride()[:3], *strides,
+        query, k_cache, v_cache, k_scale, v_scale, out_parts, lse_parts, sinks, cache_seqlens,
+        block_table, rotary_cos, rotary_sin, *query.stride()[:3], *strides,
         batch * kv_heads, kv_heads, group_size, num_queries, *lengths,
         0 if window_size is None else min(window_size, capacity + num_queries), parts, splits,
         scale, softcap or 1.0,
-        **splitting, IS_PAGED=block_table is not None, **turns, **sizes, IS_WHOLE=whole,
+        **(splitting | kinds), **turns, **sizes, IS_WHOLE=whole,
         HAS_WINDOW=window_size is not None, HAS_SOFTCAP=softcap is not None,
         FAST_CAP=softcap is not None and softcap <= 128.0 and query.itemsize == 2,
         HAS_SINKS=sinks is not None, PRECISION="tf32" if uses_tf32(query) else "ieee",

@@ -46,10 +46,12 @@ MOST_SPLITS = 128
 MOST_PAIRS = 64
 
 
-def plan(pairs: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> Plan:
-    """The row of ``decode``, for ``pairs`` queries and heads that share keys."""
+def plan(
+    pairs: int, head_dim: int, value_dim: int, dtype: torch.dtype, stored: torch.dtype
+) -> Plan:
+    """The row of ``decode``, for ``pairs`` queries and heads that share keys, ``stored`` so."""
     few = pairs <= 16
-    is_ragged = head_dim * dtype.itemsize % 16 or value_dim * dtype.itemsize % 16
+    is_ragged = head_dim * stored.itemsize % 16 or value_dim * stored.itemsize % 16
     if dtype == torch.float64:
         rows = FLOAT64
     elif dtype == torch.float32:

@@ -211,15 +211,22 @@ def attention_with_kv_cache_launches(dtype: torch.dtype) -> None:
             # lengths and strides that nothing divides
             ragged = (num_queries, 6, 2, head_dim - 3, head_dim - 5, dtype)
             _attention_with_kv_cache(*ragged, with_options=True)
+            if dtype == torch.float32:
+                continue
+            regular = (num_queries, 32, 8, head_dim, head_dim, dtype)
+            _attention_with_kv_cache(*regular, int8=True)
+            _attention_with_kv_cache(*ragged, with_options=True, int8=True)
 
 
 def _attention_with_kv_cache(
     num_queries: int, heads: int, kv_heads: int, head_dim: int, value_dim: int,
-    dtype: torch.dtype, *, with_options: bool = False,
+    dtype: torch.dtype, *, with_options: bool = False, int8: bool = False,
 ) -> None:  # fmt: skip
     size = (7, 48) if with_options else (2, 4096)
-    k_cache = empty(*size, kv_heads, head_dim, dtype=dtype)
-    v_cache = empty(*size, kv_heads, value_dim, dtype=dtype)
+    stored = torch.int8 if int8 else dtype
+    k_cache = empty(*size, kv_heads, head_dim, dtype=stored)
+    v_cache = empty(*size, kv_heads, value_dim, dtype=stored)
+    scales = (empty(*size, kv_heads, dtype=torch.float32) if int8 else None,) * 2
     query = empty(2, num_queries, heads, head_dim, dtype=dtype)
     key = empty(2, num_queries, kv_heads, head_dim, dtype=dtype)
     value = empty(2, num_queries, kv_heads, value_dim, dtype=dtype)
@@ -229,7 +236,7 @@ def _attention_with_kv_cache(
     options = (
         (sinks, 0, True, 0.125, 50, 20.0) if with_options else (None, 0, False, 0.125, None, None)
     )
-    arguments = (query, k_cache, v_cache, key, value, lengths, *tables, *options, None)
+    arguments = (query, k_cache, v_cache, *scales, key, value, lengths, *tables, *options, None)
     attention_with_kv_cache.forward(*arguments)
 
 

@@ -15,7 +15,10 @@ from torch import Tensor
 import fastlm
 from fastlm.kernels.attention_with_kv_cache import tuning
 from fastlm.ops.reference import attention_with_kv_cache as reference
+from fastlm.ops.reference.attention_with_kv_cache import quantized
 from fastlm.testing import assert_as_accurate
+
+SCALES = ("k_scale", "v_scale")
 
 
 @contextlib.contextmanager
@@ -48,53 +51,65 @@ class Call:
     lengths: list[int]
     options: dict[str, Any]
 
-    def __call__(self, backend: str, **more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """out, lse and both caches after the call, which are copies."""
-        k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
-        options = {"cache_seqlens": self.seqlens, **self.options, **more}
+    def __call__(self, backend: str, **more: Any) -> tuple[Tensor, ...]:
+        """out, lse, both caches and their scales after the call, which are copies."""
+        written = {name: x.clone() for name, x in self.written.items()}
+        options = {"cache_seqlens": self.seqlens, **self.options, **written, **more}
         with torch.no_grad():
             out, lse = fastlm.attention_with_kv_cache(
-                self.query, k_cache, v_cache, return_lse=True, backend=backend, **options
+                self.query, return_lse=True, backend=backend, **options
             )
-        return out, lse, k_cache, v_cache
+        return out, lse, *written.values()
+
+    @property
+    def written(self) -> dict[str, Tensor]:
+        """The arguments that are written in place."""
+        caches = {"k_cache": self.k_cache, "v_cache": self.v_cache}
+        return caches | {name: x for name, x in self.options.items() if name in SCALES}
+
+    def holding(self, *written: Tensor) -> Call:
+        """The same call of caches and scales that hold something else."""
+        k_cache, v_cache, *scales = written
+        options = self.options | dict(zip(SCALES, scales, strict=False))
+        return dataclasses.replace(self, k_cache=k_cache, v_cache=v_cache, options=options)
 
     @property
     def seqlens(self) -> Tensor:
         return torch.tensor(self.lengths, dtype=torch.int32, device=self.query.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The positional arguments by name, caches copied."""
-        caches = {"k_cache": self.k_cache.clone(), "v_cache": self.v_cache.clone()}
-        return {"query": self.query, **caches}
+        """The positional arguments by name, caches copied; and the scales."""
+        return {"query": self.query, **{name: x.clone() for name, x in self.written.items()}}
 
     def of_row(self, row: int) -> Call:
         """The same call for one row of the batch alone."""
         table = self.options.get("block_table")
         at = slice(row, row + 1)
-        caches = (self.k_cache, self.v_cache)
-        if table is None:
-            caches = tuple(x[at] for x in caches)
         changed = {name: x[at] for name, x in self.options.items() if name in ("key", "value")}
         if table is not None:
             changed["block_table"] = table[at]
-        options = {**self.options, **changed}
-        return Call(self.query[at], *caches, self.lengths[at], options)
+        written = [x if table is not None else x[at] for x in self.written.values()]
+        one = self.holding(*written)
+        options = {**one.options, **changed}
+        return dataclasses.replace(
+            one, query=self.query[at], lengths=self.lengths[at], options=options
+        )
 
     def whole(self) -> Call:
         """The same tokens in a cache without pages."""
         table = self.options["block_table"].long()
-        k_cache, v_cache = (x[table].flatten(1, 2) for x in (self.k_cache, self.v_cache))
-        options = {name: x for name, x in self.options.items() if name != "block_table"}
-        return dataclasses.replace(self, k_cache=k_cache, v_cache=v_cache, options=options)
+        one = self.holding(*(x[table].flatten(1, 2) for x in self.written.values()))
+        options = {name: x for name, x in one.options.items() if name != "block_table"}
+        return dataclasses.replace(one, options=options)
 
     def arguments(self) -> tuple[Any, ...]:
         """What the forward step of a backend takes."""
         get = self.options.get
         scale = get("scale")
         return (
-            self.query, self.k_cache, self.v_cache, get("key"), get("value"), self.seqlens,
-            get("block_table"), get("rotary_cos"), get("rotary_sin"), get("sinks"), 0,
-            get("rotary_interleaved", False),
+            self.query, self.k_cache, self.v_cache, get("k_scale"), get("v_scale"), get("key"),
+            get("value"), self.seqlens, get("block_table"), get("rotary_cos"), get("rotary_sin"),
+            get("sinks"), 0, get("rotary_interleaved", False),
             self.query.shape[-1] ** -0.5 if scale is None else scale,
             get("window_size"), get("softcap"), None,
         )  # fmt: skip
@@ -114,10 +129,14 @@ def call(
     value_dim: int | None = None,
     appends: bool = True,
     rotary: int = 0,
+    int8: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Call:
-    """Random arguments; ``rotary`` is how many channels turn, ``page_size`` 0 for whole caches."""
+    """Random arguments; ``rotary`` is how many channels turn, ``page_size`` 0 for whole caches.
+
+    What no row has in int8 caches has the scale NaN and the integer 99.
+    """
     generator = torch.Generator().manual_seed(seed)
     value_dim = head_dim if value_dim is None else value_dim
 
@@ -152,11 +171,16 @@ def call(
     if rotary:
         angles = torch.randn(capacity, rotary // 2, generator=generator).to(device)
         options |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    if int8:
+        caches, scales = map(list, zip(*(quantized(x) for x in caches), strict=True))
+        for cache, scale in zip(caches, scales, strict=True):
+            cache[scale.isnan()] = 99
+        options |= zip(SCALES, scales, strict=True)
     return Call(query, caches[0], caches[1], list(lengths), options)
 
 
 def judge(one: Call, backend: str, **more: Any) -> None:
-    """Hold a call to the tolerance rule, and what it wrote to the reference's."""
+    """Hold what a call wrote to the tolerance rule, and attention over that."""
     _judge(_three(one, backend, more))
 
 
@@ -172,12 +196,11 @@ def judge_pooled(calls: Sequence[Call], backend: str) -> None:
 
 def _three(one: Call, backend: str, more: dict[str, Any]) -> list[tuple[Tensor, ...]]:
     """Actual, plain and true results, for out and for lse."""
-    out, lse, k_cache, v_cache = one(backend, **more)
-    *_, k_expected, v_expected = one("reference")
-    _check_written("k_cache", k_cache, k_expected, one.k_cache)
-    _check_written("v_cache", v_cache, v_expected, one.v_cache)
-    plain = reference.plain_forward(*one.arguments())
-    truth = reference.truth_forward(*one.arguments())
+    out, lse, *written = one(backend, **more)
+    _check_written(one, written)
+    after = one.holding(*written)
+    plain = reference.plain_forward(*after.arguments())
+    truth = reference.truth_forward(*after.arguments())
     return list(zip((out, lse), plain, truth, strict=True))
 
 
@@ -186,14 +209,15 @@ def _judge(results: Sequence[tuple[Tensor, ...]]) -> None:
         assert_as_accurate(name, actual, plain=plain, truth=truth)
 
 
-def _check_written(name: str, got: Tensor, want: Tensor, before: Tensor) -> None:
-    written = ~same(want, before)
-    assert same(got, before)[~written].all(), f"{name}: a token was written that is not new"
-    if written.any():
-        error = (got[written].double() - want[written].double()).abs().max()
-        # one rounding: torch's rotation may use a fused multiply-add, the interpreter has none
-        allowed = torch.finfo(got.dtype).eps * want[written].double().abs().max()
-        assert error <= allowed, f"{name}: {error} off, {allowed} allowed"
+def _check_written(one: Call, written: Sequence[Tensor]) -> None:
+    expected = reference.written_forward(*one.arguments())
+    for (name, before), got, (at, plain, truth) in zip(
+        one.written.items(), written, expected, strict=True
+    ):
+        assert_as_accurate(name, got[at], plain=plain, truth=truth)
+        untouched = before.clone()
+        untouched[at] = got[at]
+        assert same(got, untouched).all(), f"{name}: a token was written that is not new"
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:

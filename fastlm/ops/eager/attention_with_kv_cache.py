@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.ops.eager import attention, rotary
 from fastlm.ops.eager._written import attend
-from fastlm.ops.reference.attention_with_kv_cache import capacity_of, read_lengths, read_pages
+from fastlm.ops.reference.attention_with_kv_cache import (
+    capacity_of,
+    quantized,
+    read_lengths,
+    read_pages,
+    widened,
+)
 
 # Scores of a block of queries that is written out.
 _WRITTEN_SCORES = 1 << 19
@@ -26,6 +32,8 @@ def forward(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     key: Tensor | None,
     value: Tensor | None,
     cache_seqlens: Tensor | None,
@@ -40,7 +48,7 @@ def forward(
     softcap: float | None,
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
-    caches = _Caches(k_cache, v_cache, block_table)
+    caches = _Caches(k_cache, v_cache, k_scale, v_scale, block_table)
     capacity = capacity_of(k_cache, block_table, rotary_cos)
     tables = None
     if rotary_cos is not None and rotary_sin is not None:
@@ -95,22 +103,25 @@ class _Caches:
     Attributes:
         keys: ``(B, S_max, G, D)`` or ``(pages, page_size, G, D)``.
         values: The same with Dv.
+        key_scales: ``(B, S_max, G)`` or ``(pages, page_size, G)`` of int8 caches, else None.
+        value_scales: Likewise.
         table: ``(B, max_pages)``, or None for whole ones.
     """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
     table: Tensor | None
 
     def append(self, rows: slice, start: int, key: Tensor, value: Tensor) -> None:
         """Write the tokens of ``rows`` from position ``start`` on."""
-        if self.table is None:
-            end = start + key.shape[1]
-            self.keys[rows, start:end], self.values[rows, start:end] = key, value
-            return
-        positions = torch.arange(start, start + key.shape[1], device=key.device)
-        at = self._places(self.table[rows], positions.expand(key.shape[:2]))
-        self.keys[at], self.values[at] = key, value
+        at: Any = (rows, slice(start, start + key.shape[1]))
+        if self.table is not None:
+            positions = torch.arange(start, start + key.shape[1], device=key.device)
+            at = self._places(self.table[rows], positions.expand(key.shape[:2]))
+        for stored, x in self._as_stored(key, value):
+            stored[at] = x
 
     def append_unread(self, positions: Tensor, fits: Tensor, key: Tensor, value: Tensor) -> None:
         """Write every row that ``fits`` ``(B,)``, at ``positions`` ``(B, T)``.
@@ -125,16 +136,23 @@ class _Caches:
             at = rows[:, None].expand_as(positions), positions
         else:
             at = self._places(self.table[rows].clamp(0, len(self.keys) - 1), positions)
-        for cache, x in ((self.keys, key), (self.values, value)):
-            cache[at] = torch.where(nothing_fits, cache[at], x[rows])
+        for stored, x in self._as_stored(key, value):
+            stored[at] = torch.where(nothing_fits, stored[at], x[rows])
 
-    def stored(self, rows: slice, length: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of ``rows``, ``(rows, length, G, D)`` and with Dv."""
-        keys, values = self.keys, self.values
-        if self.table is None:
-            return keys[rows, :length], values[rows, :length]
-        pages = self.table[rows, : -(-length // keys.shape[1])].long().clamp(0, len(keys) - 1)
-        k, v = (x[pages].flatten(1, 2)[:, :length] for x in (keys, values))
+    def stored(self, rows: slice, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first tokens of ``rows``, ``(rows, length, G, D)`` and with Dv, in ``dtype``."""
+        pages = None
+        if self.table is not None:
+            pages = self.table[rows, : -(-length // self.keys.shape[1])].long()
+            pages = pages.clamp(0, len(self.keys) - 1)
+
+        def found(x: Tensor) -> Tensor:
+            return x[rows, :length] if pages is None else x[pages].flatten(1, 2)[:, :length]
+
+        k, v = (
+            widened(found(x), None if scales is None else found(scales), dtype)
+            for x, scales in ((self.keys, self.key_scales), (self.values, self.value_scales))
+        )
         return k, v
 
     def hold(self, cache_seqlens: Tensor, new: int, capacity: int) -> Tensor:
@@ -146,6 +164,14 @@ class _Caches:
             exists = (self.table >= 0) & (self.table < len(self.keys))
             fits &= (exists | ~needed).all(1)
         return fits
+
+    def _as_stored(self, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is written, and what of ``(B, T, G, D)`` into it."""
+        if self.key_scales is None or self.value_scales is None:
+            return [(self.keys, key), (self.values, value)]
+        (k, k_scales), (v, v_scales) = quantized(key), quantized(value)
+        scales = [(self.key_scales, k_scales), (self.value_scales, v_scales)]
+        return [(self.keys, k), (self.values, v), *scales]
 
     @property
     def capacity(self) -> int:
@@ -179,7 +205,7 @@ def _known(
                 q, k = tables.turned(q, k, slice(length, end))
             caches.append(rows, length, k, value[rows])
             length = end
-        k, v = caches.stored(rows, length)
+        k, v = caches.stored(rows, length, q.dtype)
         out, lse = attention.forward(
             q, k, v, options.sinks, None, None, None, None,
             options.scale, options.window_size, options.softcap,
@@ -225,11 +251,11 @@ def _masked(
     """Over all that the caches can hold, of which each row sees its length; in float32."""
     batch, num_queries, heads, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    k, v = caches.stored(slice(0, batch), caches.capacity)
+    k, v = caches.stored(slice(0, batch), caches.capacity, dtype)
     keys = torch.arange(caches.capacity, device=query.device)
     # what lies behind may be NaN, and 0 * NaN is too
     v = v.masked_fill((keys >= lengths[:, None])[..., None, None], 0.0)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (query.to(dtype), k, v))
     # the key that each query is aligned with
     last = torch.arange(num_queries, device=query.device) + (lengths[:, None] - num_queries)
     window = options.window_size
