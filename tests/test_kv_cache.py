@@ -145,3 +145,36 @@ def test_attending_allocates_nothing_of_the_caches_size(device):
         model(ids, cache=cache)
     allocated = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < allocated < cache.keys.nbytes
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@torch.inference_mode()
+def test_a_cache_in_8_bits_takes_a_quarter_and_loses_little(paged, device):
+    model = tiny_model(head_dim=32).to(device)
+    prompts = [torch.randint(320, (length,)).tolist() for length in (5, 12, 1)]
+    more = torch.randint(320, (3, 3), device=device)
+    results = []
+    for dtype in (None, torch.int8):
+        cache = (
+            model.new_paged_cache(12, 4, dtype=dtype)
+            if paged
+            else model.new_cache(3, 16, dtype=dtype)
+        )
+        rows = cache.rows([cache.add() for _ in prompts]) if paged else cache
+        first = prefill(model, prompts, rows)
+        results.append(torch.cat((first[:, None], model(more, cache=rows).logits), 1))
+        assert rows.lengths == [8, 15, 4]
+        stored = [cache.keys, cache.values, *(x for x in cache.scales if x is not None)]
+        results.append(sum(x.nbytes for x in stored))
+    exact, whole, got, narrow = results
+    # a byte for each of 32 channels and four for their scale, where there were 128
+    assert narrow / whole == 36 / 128
+    # half a step of at most 127: each of two layers' keys and values is 0.4 % off at the most
+    assert 0 < (got - exact).norm() / exact.norm() < 0.02
+    if not paged:
+        keys, scales = rows.keys.clone(), rows.scales[0].clone()
+        rows.keep([2, 1])
+        assert torch.equal(rows.keys[:, 0, :4], keys[:, 2, :4])
+        assert torch.equal(rows.scales[0][:, 0, :4], scales[:, 2, :4])
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.int8, got torch.f"):
+        model.new_cache(1, 8, dtype=torch.float16)

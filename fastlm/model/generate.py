@@ -148,7 +148,7 @@ class Generation:
         )
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         sources = [prompts.index(request.prompt) for request in requests]
-        first = self._cache.first(len(prompts))
+        first = self._cache.part(0, len(prompts))
         self._logits: Tensor | None = prefill(model, prompts, first)[sources][:, None]
         self._cache.spread(sources, first.lengths)
         self._step = decode_step(model, self._cache)

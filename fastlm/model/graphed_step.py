@@ -27,7 +27,7 @@ class GraphedStep:
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor], cache: KVCache) -> None:
-        self._step, self._cache, self._whole = step, cache, cache.first(cache.batch)
+        self._step, self._cache, self._whole = step, cache, cache.part(0, cache.batch)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -49,10 +49,10 @@ class GraphedStep:
     def _captured(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """Capture without a lasting trace: what is written to the cache is written again."""
         cache, whole = self._cache, self._whole
-        before = cache.keys, cache.values, cache.seqlens, cache.lengths
+        before = dict(vars(cache))
         lengths = [*cache.lengths, *[0] * (bucket - cache.batch)]
-        cache.keys, cache.values = whole.keys[:, :bucket], whole.values[:, :bucket]
-        cache.seqlens, cache.lengths = whole.seqlens[:bucket], list(lengths)
+        vars(cache).update(vars(whole.part(0, bucket)))
+        cache.set_lengths(lengths)
         inputs = torch.zeros((bucket, 1), dtype=torch.int64, device=cache.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -64,5 +64,5 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._step(inputs)
-        cache.keys, cache.values, cache.seqlens, cache.lengths = before
+        vars(cache).update(before)
         return graph, inputs, logits

@@ -47,8 +47,10 @@ class KVCache:
     Memory behind a sequence's length is never read.
 
     Attributes:
-        keys: ``(layers, B, max_length, G, D)``.
-        values: Same shape.
+        keys: ``(layers, B, max_length, G, D)``, of the model's dtype or int8.
+        values: Same shape and dtype.
+        scales: Of int8, those of keys and of values, ``(layers, B, max_length, G)`` float32; else
+            both None.
         lengths: Tokens stored so far, of each sequence.
         seqlens: The same on the device, ``(B,)`` int32.
     """
@@ -67,8 +69,13 @@ class KVCache:
         shape = (num_layers, batch, max_length, num_kv_heads, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.scales = new_scales(self.keys)
         self.lengths = [0] * batch
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    @property
+    def _stored(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, *(x for x in self.scales if x is not None)
 
     @property
     def device(self) -> torch.device:
@@ -127,13 +134,15 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         cos, sin = rotary if rotary is not None else (None, None)
         tokens = query.shape[1]
-        if self.length == 0 and tokens > 1:
+        k_scale, v_scale = (None if x is None else x[layer] for x in self.scales)
+        if self.length == 0 and tokens > 1 and k_scale is None:
             if cos is not None and sin is not None:
                 query, key = apply_rotary(query, key, cos[:tokens], sin[:tokens])
             keys[:, :tokens], values[:, :tokens] = key, value
             return cast(Tensor, causal_attention(query, key, value, window_size=window_size))
         out = attention_with_kv_cache(
             query, keys, values, key=key, value=value, cache_seqlens=self._known_lengths(),
+            k_scale=k_scale, v_scale=v_scale,
             rotary_cos=cos, rotary_sin=sin, window_size=window_size,
         )  # fmt: skip
         return cast(Tensor, out)
@@ -146,7 +155,10 @@ class KVCache:
     def store(
         self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Write ``(N, G, D)`` keys and values, each at its row and position, ``(N,)`` int64."""
+        """Write ``(N, G, D)`` keys and values, each at its row and position, ``(N,)`` int64.
+
+        Not into an int8 cache: only attention rounds to it.
+        """
         self.keys[layer, rows, positions] = key
         self.values[layer, rows, positions] = value
 
@@ -180,11 +192,12 @@ class KVCache:
         self.lengths = list(lengths)
         self.seqlens.copy_(torch.tensor(self.lengths, dtype=torch.int32))
 
-    def first(self, batch: int) -> KVCache:
-        """The first sequences as a cache of their own, in the same memory."""
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, :batch], self.values[:, :batch]
-        part.lengths, part.seqlens = self.lengths[:batch], self.seqlens[:batch]
+    def part(self, start: int, end: int) -> KVCache:
+        """The sequences from ``start`` to ``end`` as a cache of their own, in the same memory."""
+        part, rows = copy.copy(self), slice(start, end)
+        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
+        part.scales = tuple(None if x is None else x[:, rows] for x in self.scales)
+        part.lengths, part.seqlens = self.lengths[rows], self.seqlens[rows]
         return part
 
     def spread(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
@@ -192,7 +205,7 @@ class KVCache:
         for row in reversed(range(len(sources))):
             source = sources[row]
             if source != row:
-                for cache in (self.keys, self.values):
+                for cache in self._stored:
                     cache[:, row, : lengths[source]] = cache[:, source, : lengths[source]]
         self.set_lengths([lengths[source] for source in sources])
 
@@ -212,12 +225,21 @@ class KVCache:
         if moved:
             targets, sources = zip(*moved, strict=True)
             longest = max(self.lengths[row] for row in sources)
-            for cache in (self.keys, self.values):
+            for cache in self._stored:
                 cache[:, list(targets), :longest] = cache[:, list(sources), :longest]
-        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
-        self.seqlens = self.seqlens[: len(rows)]
-        self.lengths = [self.lengths[row] for row in rows]
-        self.set_lengths(self.lengths)
+        lengths = [self.lengths[row] for row in rows]
+        vars(self).update(vars(self.part(0, len(rows))))
+        self.set_lengths(lengths)
+
+
+def new_scales(cache: Tensor) -> tuple[Tensor | None, ...]:
+    """Room for the scales of keys and of values, a number for each of their rows, if int8."""
+    if cache.dtype != torch.int8:
+        return None, None
+    k_scale, v_scale = (
+        torch.empty(cache.shape[:-1], dtype=torch.float32, device=cache.device) for _ in range(2)
+    )
+    return k_scale, v_scale
 
 
 def following(seqlens: Tensor, lengths: Sequence[int], tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastlm.model.kv_cache import following
+from fastlm.model.kv_cache import following, new_scales
 from fastlm.ops.attention_with_kv_cache import attention_with_kv_cache
 
 
@@ -25,8 +25,10 @@ class PagedKVCache:
     it.  All bookkeeping is on the host, which reads nothing of the device.
 
     Attributes:
-        keys: ``(layers, pages, page_size, G, D)``.
-        values: Same shape.
+        keys: ``(layers, pages, page_size, G, D)``, of the model's dtype or int8.
+        values: Same shape and dtype.
+        scales: Of int8, those of keys and of values, ``(layers, pages, page_size, G)`` float32;
+            else both None.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class PagedKVCache:
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.scales = new_scales(self.keys)
         self._max_length = max_length
         # the last one is handed out first
         self._free = list(reversed(range(num_pages)))
@@ -188,7 +191,9 @@ class PagedKVCache:
         """Copy a page that others have too."""
         old, new = self._pages[sequence][at], self._take()
         filled = self._lengths[sequence] - at * self.page_size
-        for cache in (self.keys, self.values):
+        for cache in (self.keys, self.values, *self.scales):
+            if cache is None:
+                continue
             cache[:, new, :filled] = cache[:, old, :filled]
         self._owners[old] -= 1
         self._pages[sequence][at] = new
@@ -267,6 +272,14 @@ class PagedRows:
         self._table = torch.tensor(table, dtype=torch.int32).view(batch, longest).to(device)
         self._seqlens = torch.tensor(self.lengths, dtype=torch.int32).to(device)
 
+    @property
+    def scales(self) -> tuple[Tensor | None, ...]:
+        return self.cache.scales
+
+    def part(self, start: int, end: int) -> PagedRows:
+        """The rows from ``start`` to ``end`` as a batch of their own."""
+        return PagedRows(self.cache, self.sequences[start:end])
+
     def positions(self, tokens: int) -> Tensor:
         return following(self._seqlens, self.lengths, tokens)
 
@@ -282,17 +295,22 @@ class PagedRows:
     ) -> Tensor:
         """Rotate, store, attend: ``(B, T, H, D)``."""
         cos, sin = rotary if rotary is not None else (None, None)
+        k_scale, v_scale = (None if x is None else x[layer] for x in self.cache.scales)
         out = attention_with_kv_cache(
             query, self.cache.keys[layer], self.cache.values[layer], key=key, value=value,
             cache_seqlens=self._seqlens, block_table=self._table,
             rotary_cos=cos, rotary_sin=sin, window_size=window_size,
+            k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
         return cast(Tensor, out)
 
     def store(
         self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Write ``(N, G, D)`` keys and values, each at its row and position, ``(N,)`` int64."""
+        """Write ``(N, G, D)`` keys and values, each at its row and position, ``(N,)`` int64.
+
+        Not into int8 pages: only attention rounds to them.
+        """
         size = self.cache.page_size
         pages = self._table[rows, positions // size].long()
         self.cache.keys[layer, pages, positions % size] = key

@@ -83,6 +83,14 @@ def prefill(
     if any(cache.lengths):
         raise ValueError(f"prefill: cache must be empty, got lengths {cache.lengths}")
     cache.check_room(len(prompts), lengths)
+    if len(set(lengths)) > 1 and cache.scales[0] is not None:
+        # what an int8 cache holds, attention rounds: a prompt after the other
+        parts = [cache.part(row, row + 1) for row in range(len(prompts))]
+        logits = [
+            prefill(model, [prompt], part) for prompt, part in zip(prompts, parts, strict=True)
+        ]
+        cache.set_lengths(lengths)
+        return torch.cat(logits)
     if len(set(lengths)) == 1:
         ids = torch.tensor([list(prompt) for prompt in prompts], device=cache.device)
         return model(ids, cache=cache, logits_to_keep=1).logits[:, -1]

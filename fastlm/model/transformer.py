@@ -203,15 +203,20 @@ class CausalLM(nn.Module):
         filled = [[*row, *[pad] * (longest - len(row))] for row in rows]
         return torch.tensor(filled, dtype=dtype, device=self.device).view(len(rows), longest)
 
-    def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
+    def new_cache(
+        self, batch: int, max_length: int | None = None, *, dtype: torch.dtype | None = None
+    ) -> KVCache:
         """An empty cache for ``model(input_ids, cache=cache)``.
 
         Args:
             batch: Number of sequences.
             max_length: Tokens each may reach; None for as many as the model can.
+            dtype: ``torch.int8`` for keys and values in 8 bits, with a scale for each token and
+                head; None for the dtype of the weights.
 
         Raises:
-            ValueError: ``max_length`` is beyond the model's context.
+            ValueError: ``max_length`` is beyond the model's context, or there is no cache of
+                ``dtype``.
         """
         context = self.config.max_position_embeddings
         max_length = context if max_length is None else max_length
@@ -220,32 +225,38 @@ class CausalLM(nn.Module):
                 f"CausalLM: max_length must be in [1, {context}], the context of the model, "
                 f"got {max_length}"
             )
-        return KVCache(self.config.num_hidden_layers, batch, max_length, **self._cache_options())
+        options = self._cache_options(dtype)
+        return KVCache(self.config.num_hidden_layers, batch, max_length, **options)
 
-    def new_paged_cache(self, num_pages: int, page_size: int = 16) -> PagedKVCache:
+    def new_paged_cache(
+        self, num_pages: int, page_size: int = 16, *, dtype: torch.dtype | None = None
+    ) -> PagedKVCache:
         """Pages for ``model(input_ids, cache=cache.rows(sequences))``.
 
         Args:
             num_pages: Pages of all sequences together.
             page_size: Tokens of a page.
+            dtype: As in :meth:`new_cache`.
 
         Raises:
-            ValueError: One of the two is not above 0.
+            ValueError: One of the two is not above 0, or there is no cache of ``dtype``.
         """
         for name, value in (("num_pages", num_pages), ("page_size", page_size)):
             if value < 1:
                 raise ValueError(f"CausalLM: {name} must be at least 1, got {value}")
         return PagedKVCache(
             self.config.num_hidden_layers, num_pages, page_size,
-            max_length=self.config.max_position_embeddings, **self._cache_options(),
+            max_length=self.config.max_position_embeddings, **self._cache_options(dtype),
         )  # fmt: skip
 
-    def _cache_options(self) -> dict[str, Any]:
+    def _cache_options(self, dtype: torch.dtype | None) -> dict[str, Any]:
         weight = self.model.embed_tokens.weight
+        if dtype not in (None, weight.dtype, torch.int8):
+            raise ValueError(f"CausalLM: dtype must be {weight.dtype} or torch.int8, got {dtype}")
         return {
             "num_kv_heads": self.config.num_kv_heads,
             "head_dim": self.config.head_size,
-            "dtype": weight.dtype,
+            "dtype": weight.dtype if dtype is None else dtype,
             "device": weight.device,
         }
 
