@@ -89,6 +89,14 @@ def test_guessing_ahead_changes_no_token(rules, guesses, device):
     assert differ <= 1
 
 
+def test_heads_wider_than_the_kernels_take_are_decoded(device):
+    sizes = {"head_dim": 320, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_model(**sizes).to(device)
+    got = model.generate([[1, 2, 3], [4]], 6)
+    alone = model.generate([[4]], 6)[0].tolist()
+    assert excused(model, got[1, :7].tolist(), alone, 1) == 0
+
+
 @pytest.mark.parametrize("guesses", [0, 3])
 def test_right_guesses_take_fewer_steps_and_rows_leave(guesses, device):
     model = tiny_model().to(device)

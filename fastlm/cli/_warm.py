@@ -158,12 +158,12 @@ def _decode(config: CausalLMConfig, dtype: torch.dtype) -> None:
     lengths = torch.empty(2, dtype=torch.int32, device="meta")
     # a cache whose keys one program reads, and one whose keys are divided
     for room in (SPLIT_KEYS, 2 * SPLIT_KEYS):
-        tables = [torch.empty(room, config.head_size // 2, device="meta") for _ in range(2)]
+        angles = torch.empty(room, config.head_size // 2, device="meta")
+        tables = (None, None) if config.model_type == "gpt2" else (angles, angles)
         for window in dict.fromkeys(config.windows):
             inputs = (
                 empty(1, config.num_attention_heads), empty(room, heads), empty(room, heads),
-                None, None, *new, lengths, None, *((None, None) if config.model_type == "gpt2" else tables),
-                None, 0, False, config.head_size**-0.5, window, None, None,
+                None, None, *new, lengths, None, *tables, None, 0, False, config.head_size**-0.5, window, None, None,
             )  # fmt: skip
             if forward_refuses(*inputs) is None:
                 attention_with_kv_cache.forward(*inputs)

@@ -22,7 +22,7 @@ from fastlm.ops._checks import (
 from fastlm.ops._define import define_op
 
 _OP = "attention_with_kv_cache"
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 _INT32_MAX = 2**31 - 1
 _LEAST_SOFTCAP, _MOST_SOFTCAP = 2.0**-100, 2.0**100
 BACKENDS = {
@@ -79,7 +79,8 @@ def attention_with_kv_cache(
     which one is nearest.
 
     Args:
-        query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; T from 1, D from 1 to 256.
+        query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; T from 1, D from 1
+            to 512, of which the triton backend takes 256.
         k_cache: ``(B, S_max, G, D)``, dtype of query or int8, written in place; or, with
             ``block_table``, pages ``(pages, page_size, G, D)``.  H must be a multiple of G.
         v_cache: ``(B, S_max, G, Dv)`` or ``(pages, page_size, G, Dv)``, likewise.  With ``key``

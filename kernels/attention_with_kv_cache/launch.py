@@ -35,6 +35,9 @@ def forward_refuses(
         # the stride of a dimension of size 1 is never used
         if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
             return f"the last dimension of {name} has stride {x.stride(-1)}: it must be contiguous"
+    widest = max(query.shape[-1], v_cache.shape[-1])
+    if widest > tuning.MAX_HEAD_DIM:
+        return f"head_dim must be at most {tuning.MAX_HEAD_DIM}, got {widest}"
     return None
 
 

@@ -21,6 +21,8 @@ class Plan:
     num_stages: int
 
 
+# No row of the tables takes more.
+MAX_HEAD_DIM = 256
 # (largest head_dim, settings), smallest first
 Rows = tuple[tuple[int, Plan], ...]
 
