@@ -298,7 +298,7 @@ class LanguageModel:
             )
         inputs = self._tensor(ids)
         hidden, targets = self.model.model(inputs[:, :-1])[0, -count:], inputs[0, -count:]
-        head = self.model.lm_head
+        head: nn.Module = self.model.lm_head
         if isinstance(head, nn.Linear):
             # logits are never all in memory
             logprobs = linear_logprobs(hidden, head.weight, targets)

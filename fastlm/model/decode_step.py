@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.model.blocks import ACTIVATION_FUNCTIONS, Block
+from fastlm.model.blocks import ACTIVATION_FUNCTIONS, Block, FeedForward
 from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.products import FewRows
@@ -66,7 +66,9 @@ class DirectStep:
         self._embedding = decoder.embed_tokens.weight
         self._positions = decoder.embed_positions
         self._tables = None if decoder.rotary is None else decoder.rotary.tables
-        self._layers = [_layer(index, block) for index, block in enumerate(decoder.layers)]
+        self._layers = [
+            _layer(index, cast(Block, block)) for index, block in enumerate(decoder.layers)
+        ]
         self._norm, self._head = _norm(decoder.norm), _product(model.lm_head)
         self._turn = None if self._tables is None else _Turn(self._tables, cache.keys.dtype)
         # the caches of each layer as attention takes them, while the batch is of this size
@@ -157,7 +159,7 @@ def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
             mlp.up_proj, mlp.down_proj,
         )
     )  # fmt: skip
-    gate = _product(mlp.gate_proj) if hasattr(mlp, "gate_proj") else None
+    gate = _product(mlp.gate_proj) if isinstance(mlp, FeedForward) else None
     activation = mlp.activation
     if isinstance(activation, str):
         activation = ACTIVATION_FUNCTIONS[activation]

@@ -77,6 +77,14 @@ class Generation:
         ArgumentError: A seed or a logit bias is impossible; a ValueError.
     """
 
+    _cache: KVCache
+    # of the rows; None while the model has not seen their last tokens
+    _logits: Tensor | None
+    _history: Tensor | None
+    # last tokens, on the device, and how many each row has drawn
+    _tokens: Tensor
+    _steps: Tensor
+
     def __init__(
         self,
         model: CausalLM,
@@ -99,7 +107,7 @@ class Generation:
             max_draws=max((request.max_new_tokens for request in running), default=0),
             device=model.device,
         )
-        self._cache: KVCache | None = None
+        self._has_started = False
 
     @property
     def is_done(self) -> bool:
@@ -117,7 +125,7 @@ class Generation:
         Raises:
             FloatingPointError: The model's logits are not finite.
         """
-        if self._cache is None:
+        if not self._has_started:
             self._start()
         self._drop_ended()
         if not self._rows:
@@ -137,6 +145,7 @@ class Generation:
 
     def _start(self) -> None:
         """Read the prompts, each once."""
+        self._has_started = True
         model, device = self._model, self._model.device
         requests = [self._requests[n] for n in self._rows]
         self._runs_ahead = device.type != "cpu" and not self._num_guesses
@@ -149,13 +158,13 @@ class Generation:
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         sources = [prompts.index(request.prompt) for request in requests]
         first = self._cache.part(0, len(prompts))
-        self._logits: Tensor | None = prefill(model, prompts, first)[sources][:, None]
+        self._logits = prefill(model, prompts, first)[sources][:, None]
         self._cache.spread(sources, first.lengths)
         self._step = decode_step(model, self._cache)
         self._tokens = torch.zeros(len(requests), dtype=torch.int64, device=device)
         self._steps = torch.zeros_like(self._tokens)
         self._starts = torch.tensor([len(request.prompt) for request in requests], device=device)
-        self._history: Tensor | None = None
+        self._history = None
         if self._sampler.needs_history:
             rows = [[*r.prompt, *[0] * (longest - len(r.prompt))] for r in requests]
             self._history = torch.tensor(rows, device=device)
