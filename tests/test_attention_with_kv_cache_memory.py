@@ -223,7 +223,7 @@ def test_on_a_cpu_lengths_that_do_not_fit_raise_and_write_nothing(backend):
 def unread(one):
     """The torch backend as on a GPU, where it does not look at lengths."""
     written = [x.clone() for x in one.written.values()]
-    *_, key, value, lengths, table, cos, sin, sinks, _, interleaved, scale, window, cap, _ = (
+    *_, key, value, lengths, table, _, cos, sin, sinks, _, interleaved, scale, window, cap, _ = (
         one.arguments()
     )
     caches = eager._Caches(*written, *[None] * (4 - len(written)), table)

@@ -114,6 +114,16 @@ def eight_bits_inside() -> None:
             fastlm.attention_with_kv_cache(**tensors, cache_seqlens=one.seqlens, backend="triton")
 
 
+def packed() -> None:
+    """Counts for each of three launches, more than 128 rows, and splits at both kinds of place."""
+    with small_splits():
+        judge(call((37, 5, 50), 20, 4, 1, head_dim=4).with_counts((4, 20, 16)), "triton")
+        judge(call((37, 5), 20, 16, 1, head_dim=4).with_counts((3, 20)), "triton")
+        counts = [row in (0, 127, 128, 139) for row in range(140)]
+        rows = call([row % 7 for row in range(140)], 1, 1, 1, 4, capacity=9)
+        judge(rows.with_counts(counts), "triton")
+
+
 MUTANTS = [
     (Mutant("heads are dealt out", DECODE, "kv_head * group_size + pairs % group_size",
             "pairs % group_size * kv_heads + kv_head"), accurate),
@@ -178,6 +188,26 @@ MUTANTS = [
     (Mutant("a scale behind the last is read", DECODE,
             "k_scale_ptr + kv_head * stride_ksg + offsets, mask=stored, other=0.0",
             "k_scale_ptr + kv_head * stride_ksg + offsets"), eight_bits_inside),
+    (Mutant("rows behind the first 128 are not found", CACHE,
+            "for start in range(0, rows, 128):\n        candidates",
+            "for start in range(0, 1, 128):\n        candidates"), packed),
+    (Mutant("a program for each row alone", CACHE, "bounds * per_token // BLOCK + candidates",
+            "bounds * 0 + candidates"), packed),
+    (Mutant("all queries are the last row's", DECODE, "offset = length - count",
+            "offset = length - num_queries"), packed),
+    (Mutant("no launch takes a row of 16 pairs", DECODE, "(pairs > most)", "(pairs >= most)"),
+     packed),
+    (Mutant("queries from the first token on", DECODE,
+            "tokens = first_token + queries.to(tl.int64)", "tokens = queries.to(tl.int64)"),
+     packed),
+    (Mutant("keys from the first token on", APPEND, "(first_token + tokens).to(tl.int64)",
+            "tokens.to(tl.int64)"), packed),
+    (Mutant("rows write over each other's splits", DECODE,
+            "tl.where(row_slots > 0, row * row_slots, first_token)", "first_token * 0"), packed),
+    (Mutant("long rows are put together too", DECODE,
+            "tl.where(count * group_size <= most, count, 0)", "count"), packed),
+    (Mutant("one query of a row is put together", DECODE, "for query in range(queries):",
+            "for query in range(tl.minimum(queries, 1)):"), packed),
 ]  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def attention_with_kv_cache(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     num_splits: int | None = None,
@@ -66,7 +67,8 @@ def attention_with_kv_cache(
     (Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).  Into how many
     parts depends on L and on T H / G alone, so a row has the same bits in any batch and in a cache
     of any size or kind.  Its workspace, of D + 1 floats for each query, head and part, has room for
-    the longest row that the cache can hold, where lengths are on the device.  There is no gradient.
+    the longest row that the cache can hold, where lengths are on the device; with ``cu_seqlens_q``
+    for all queries, or as many as can have parts if they are fewer.  There is no gradient.
     Under autocast query, key and value are cast to the dtype of the caches, or to autocast's if
     those are int8.
 
@@ -99,12 +101,16 @@ def attention_with_kv_cache(
         window_size: As in :func:`causal_attention`.
         softcap: Likewise.
         sinks: Likewise; ``(H,)``.
+        cu_seqlens_q: ``(rows + 1,)`` int32 or int64, on the device, for B == 1: row b of the caches
+            has the queries, and appends the keys, from ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b +
+            1]``; what is said of B elsewhere is then said of rows.  Boundaries rise from 0; tokens
+            after the last give 0.  How many a row has changes no shape and is read on no host.
         k_scale: ``(B, S_max, G)`` or ``(pages, page_size, G)`` float32, written in place, with int8
             caches alone: what stands for a key is ``k_cache`` times it.  Memory of its own, like
             that of the caches.
         v_scale: The same for ``v_cache``.
-        num_splits: Into how many parts the triton backend divides the keys of each row; None lets
-            the length decide.
+        num_splits: Into how many parts the triton backend divides the keys of each row; None, and
+            with ``cu_seqlens_q`` it must be, lets the length decide.
         return_lse: Also return the log-sum-exp of each query's scores.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -123,24 +129,31 @@ def attention_with_kv_cache(
     """
     if torch._C._is_any_autocast_enabled() and isinstance(k_cache, Tensor):
         query, key, value = _cast_to_cache(k_cache, query, key, value)
-    _check_tensors(query, k_cache, v_cache, k_scale, v_scale, key, value, block_table)
+    rows = _check_tensors(
+        query, k_cache, v_cache, k_scale, v_scale, key, value, block_table, cu_seqlens_q
+    )
     if key is not None:
         _check_writable(k_cache, v_cache, k_scale, v_scale)
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(query, key, rotary_cos, rotary_sin)
-    lengths, length = _checked_lengths(query, key, cache_seqlens, capacity, rotary_cos)
+    new = 0 if key is None or cu_seqlens_q is not None else query.shape[1]
+    lengths, length = _checked_lengths(query, new, cache_seqlens, rows, capacity, rotary_cos)
     _check_options(query, scale, window_size, softcap, sinks, num_splits)
+    is_free = cu_seqlens_q is None or num_splits is None
+    check_that(_OP, "num_splits", is_free, "be None with cu_seqlens_q", num_splits)
     if softcap is not None:
         # beyond these nothing changes but that float32 cannot divide by it
         softcap = min(max(float(softcap), _LEAST_SOFTCAP), _MOST_SOFTCAP)
     if block_table is not None:
         block_table = _narrow(block_table).contiguous()
+    if cu_seqlens_q is not None:
+        cu_seqlens_q = _narrow(cu_seqlens_q).contiguous()
     if window_size is not None:
         window_size = min(int(window_size), _INT32_MAX)
     out, lse = _forward(
-        query, k_cache, v_cache, k_scale, v_scale, key, value, lengths, block_table, rotary_cos,
-        rotary_sin, sinks, length, rotary_interleaved,
+        query, k_cache, v_cache, k_scale, v_scale, key, value, lengths, block_table, cu_seqlens_q,
+        rotary_cos, rotary_sin, sinks, length, rotary_interleaved,
         query.shape[-1] ** -0.5 if scale is None else float(scale), window_size,
         softcap, num_splits, backend,
     )  # fmt: skip
@@ -156,7 +169,9 @@ def _check_tensors(
     key: Tensor | None,
     value: Tensor | None,
     block_table: Tensor | None,
-) -> None:
+    cu_seqlens_q: Tensor | None,
+) -> int:
+    """How many rows the caches have."""
     tensors = {"query": query, "k_cache": k_cache, "v_cache": v_cache}
     check_that(_OP, "value", (key is None) == (value is None), "come with key", "one of the two")
     if key is not None and value is not None:
@@ -170,16 +185,20 @@ def _check_tensors(
     check_shape(_OP, "query", query, ("B", "T", "H", "D"))
     batch, num_queries, heads, head_dim = query.shape
     check_that(_OP, "query", num_queries > 0, "have T of at least 1", num_queries)
-    rows: int | str = batch
+    rows = batch
+    if cu_seqlens_q is not None:
+        check_that(_OP, "query", batch == 1, "have B == 1 with cu_seqlens_q", batch)
+        rows = _checked_rows(query, cu_seqlens_q)
+    stored: int | str = rows
     if block_table is not None:
         check_tensor(_OP, "block_table", block_table)
         check_dtype(_OP, "block_table", block_table, (torch.int32, torch.int64))
-        check_shape(_OP, "block_table", block_table, (batch, "max_pages"), "to match query")
+        check_shape(_OP, "block_table", block_table, (rows, "max_pages"), "to match query")
         check_same_device(_OP, "block_table", block_table, "query", query)
-        rows = "pages"
+        stored = "pages"
         has_room = k_cache.dim() == 4 and k_cache.shape[1] > 0
         check_that(_OP, "k_cache", has_room, "have pages of a token or more", tuple(k_cache.shape))
-    check_shape(_OP, "k_cache", k_cache, (rows, "S_max", "G", head_dim), "to match query")
+    check_shape(_OP, "k_cache", k_cache, (stored, "S_max", "G", head_dim), "to match query")
     stored, size, kv_heads, _ = k_cache.shape
     check_shape(_OP, "v_cache", v_cache, (stored, size, kv_heads, "Dv"), "to match k_cache")
     if key is not None and value is not None:
@@ -208,6 +227,7 @@ def _check_tensors(
     divides = kv_heads > 0 and heads > 0 and heads % kv_heads == 0
     requirement = "have a number of heads that divides query's"
     check_that(_OP, "k_cache", divides, requirement, f"{kv_heads} for {heads}")
+    return rows
 
 
 def _cast_to_cache(k_cache: Tensor, *tensors: Any) -> list[Any]:
@@ -273,10 +293,21 @@ def _check_rotary(
     check_that(_OP, "rotary_cos", channels <= head_dim, f"rotate at most {head_dim}", channels)
 
 
+def _checked_rows(query: Tensor, cu_seqlens_q: Tensor) -> int:
+    check_tensor(_OP, "cu_seqlens_q", cu_seqlens_q)
+    check_dtype(_OP, "cu_seqlens_q", cu_seqlens_q, (torch.int32, torch.int64))
+    check_same_device(_OP, "cu_seqlens_q", cu_seqlens_q, "query", query)
+    shape = tuple(cu_seqlens_q.shape)
+    has_start = len(shape) == 1 and shape[0] > 0
+    check_that(_OP, "cu_seqlens_q", has_start, "have shape (rows + 1,)", shape)
+    return shape[0] - 1
+
+
 def _checked_lengths(
     query: Tensor,
-    key: Tensor | None,
+    new: int,
     cache_seqlens: int | Tensor,
+    rows: int,
     capacity: int,
     rotary_cos: Tensor | None,
 ) -> tuple[Tensor | None, int]:
@@ -284,12 +315,11 @@ def _checked_lengths(
     if isinstance(cache_seqlens, Tensor):
         check_tensor(_OP, "cache_seqlens", cache_seqlens)
         check_dtype(_OP, "cache_seqlens", cache_seqlens, (torch.int32, torch.int64))
-        check_shape(_OP, "cache_seqlens", cache_seqlens, query.shape[:1], "to match query")
+        check_shape(_OP, "cache_seqlens", cache_seqlens, (rows,), "to match query")
         check_same_device(_OP, "cache_seqlens", cache_seqlens, "query", query)
         return _narrow(cache_seqlens).contiguous(), 0
     check_integer(_OP, "cache_seqlens", cache_seqlens)
     most = capacity if rotary_cos is None else min(capacity, rotary_cos.shape[0])
-    new = 0 if key is None else query.shape[1]
     fits = 0 <= cache_seqlens <= most - new
     requirement = f"be from 0 to {most - new}, so that {new} more fit in {most}"
     check_that(_OP, "cache_seqlens", fits, requirement, cache_seqlens)

@@ -1,16 +1,19 @@
 """Rotate new keys and write them, with their values, into a cache.
 
-One program writes BLOCK heads of tokens of one row of the batch.  A row that does not fit writes
-nothing.
+One program writes BLOCK heads of tokens of one row of the batch, or, of rows that stand side by
+side, BLOCK tokens of one head.  A row that does not fit writes nothing.
 """
 
 import triton
 import triton.language as tl
 
-from .cache import load_turned, pages_exist, quantized, row_length, token_offsets
+from ..attention.tiles import document_bounds
+from .cache import load_turned, pages_exist, quantized, row_length, row_of, token_offsets
 
 # what varies from call to call: Triton would compile anew for 1, and for multiples of 16
-LENGTHS = ["num_queries", "cache_length", "capacity", "max_pages", "page_size", "num_pages"]
+LENGTHS = [
+    "batch", "num_queries", "cache_length", "capacity", "max_pages", "page_size", "num_pages",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -23,6 +26,7 @@ def append_kernel(
     v_scale_ptr,
     seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
     table_ptr,  # (B, max_pages) int32, read if IS_PAGED
+    bounds_ptr,  # (rows + 1,) int32, read if IS_PACKED
     cos_ptr,  # (positions, PAIRS), read if PAIRS > 0
     sin_ptr,
     stride_kb,
@@ -43,8 +47,9 @@ def append_kernel(
     stride_vsb,
     stride_vss,
     stride_vsg,
+    batch,  # B, or rows if IS_PACKED
     kv_heads,  # G
-    num_queries,  # T
+    num_queries,  # T, of all rows if IS_PACKED
     cache_length,  # read unless HAS_LENGTHS
     capacity,
     max_pages,
@@ -54,6 +59,7 @@ def append_kernel(
     VALUE_DIM: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_PAGED: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -62,21 +68,31 @@ def append_kernel(
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    blocks = tl.cdiv(num_queries * kv_heads, BLOCK)
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    start, fits = row_length(seqlens_ptr, row, cache_length, num_queries, capacity, HAS_LENGTHS)
+    lanes = tl.arange(0, BLOCK)
+    if IS_PACKED:
+        row, block = row_of(program // kv_heads, bounds_ptr, batch, num_queries, 1, BLOCK)
+        first_token, count = document_bounds(row, bounds_ptr, batch, num_queries)
+        tokens = block * BLOCK + lanes
+        heads = program % kv_heads + tl.zeros((BLOCK,), tl.int64)
+        given_row = tl.zeros((), tl.int64)
+    else:
+        blocks = tl.cdiv(num_queries * kv_heads, BLOCK)
+        row, first_token, count = program // blocks, 0, num_queries
+        tokens = (program % blocks * BLOCK + lanes) // kv_heads
+        heads = ((program % blocks * BLOCK + lanes) % kv_heads).to(tl.int64)
+        given_row = row.to(tl.int64)
+    row = row.to(tl.int64)
+    start, fits = row_length(seqlens_ptr, row, cache_length, count, capacity, HAS_LENGTHS)
     if IS_PAGED:
         # of all its tokens, so that a row is written where its result is a number
-        end = tl.where(fits, start + num_queries, 0)
+        end = tl.where(fits, start + count, 0)
         fits = fits & pages_exist(0, end, row, table_ptr, max_pages, page_size, num_pages)
-    rows = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    tokens, heads = rows // kv_heads, (rows % kv_heads).to(tl.int64)
-    inside = (rows < num_queries * kv_heads) & fits
+    inside = (tokens < count) & fits
     positions = start + tokens
-    tokens = tokens.to(tl.int64)
+    tokens = (first_token + tokens).to(tl.int64)
 
-    offsets = row * stride_kb + tokens * stride_kt + heads * stride_kg
+    offsets = given_row * stride_kb + tokens * stride_kt + heads * stride_kg
     key = load_turned(
         key_ptr, offsets, inside, positions, cos_ptr, sin_ptr,
         HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, ACC,
@@ -98,7 +114,7 @@ def append_kernel(
 
     cols = tl.arange(0, BLOCK_V)
     mask = inside[:, None] & (cols < VALUE_DIM)[None, :]
-    offsets = row * stride_vb + tokens * stride_vt + heads * stride_vg
+    offsets = given_row * stride_vb + tokens * stride_vt + heads * stride_vg
     value = tl.load(value_ptr + offsets[:, None] + cols[None, :], mask=mask, other=0.0)
     offsets = token_offsets(
         positions, inside, row, table_ptr, max_pages, page_size, stride_vcb, stride_vcs, IS_PAGED

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..attention.tiles import document_bounds
+
 
 @triton.jit
 def row_length(seqlens_ptr, row, cache_length, new, capacity, HAS_LENGTHS: tl.constexpr):
@@ -12,6 +14,27 @@ def row_length(seqlens_ptr, row, cache_length, new, capacity, HAS_LENGTHS: tl.co
         start = tl.load(seqlens_ptr + row)
     # not start + new, which may pass 2**31
     return start, (start >= 0) & (start <= capacity - new)
+
+
+@triton.jit
+def row_of(rank, bounds_ptr, rows, num_tokens, per_token, BLOCK: tl.constexpr):
+    """``(row, block in it)`` of the rank-th program over rows whose tokens stand side by side.
+
+    A token has ``per_token`` lanes.  Row b has the programs from ``bounds[b] per_token // BLOCK +
+    b`` on: so many or one more than it needs, without a sum over counts.
+    """
+    lanes = tl.arange(0, 128)
+    before = 0
+    for start in range(0, rows, 128):
+        candidates = start + lanes
+        inside = candidates < rows
+        bounds = tl.load(bounds_ptr + candidates, mask=inside, other=0)
+        bounds = tl.minimum(tl.maximum(bounds, 0), num_tokens).to(tl.int64)
+        first = bounds * per_token // BLOCK + candidates
+        before += tl.sum((inside & (first <= rank)).to(tl.int32), 0)
+    row = tl.maximum(before - 1, 0)
+    token, _ = document_bounds(row, bounds_ptr, rows, num_tokens)
+    return row, (rank - (token.to(tl.int64) * per_token // BLOCK + row)).to(tl.int32)
 
 
 @triton.jit

@@ -8,6 +8,10 @@
 BLOCK_M (query, head) pairs of one key/value head over one split, so that heads that share keys read
 them once.  Where a split begins depends on the length of its row alone: SPLIT_KEYS keys each, more
 where there would be more than MOST_SPLITS.
+
+Rows that stand side by side have counts of queries that the host does not know, and each count
+wants tiles and splits of its own: a launch takes the rows with more than ``least`` and at most
+``most`` pairs, and leaves the others.
 """
 
 import triton
@@ -16,18 +20,19 @@ import triton.language as tl
 from ..attention.tiles import (
     LOG2_E,
     capped,
+    document_bounds,
     positive_scale,
     score_factors,
     softmax_step,
     visible,
 )
-from .cache import load_turned, pages_exist, row_length, token_offsets
+from .cache import load_turned, pages_exist, row_length, row_of, token_offsets
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # what varies from call to call: Triton would compile anew for 1, and for multiples of 16
 LENGTHS = [
     "batch_kv_heads", "num_queries", "cache_length", "capacity", "max_pages", "page_size",
-    "num_pages", "window", "parts", "splits",
+    "num_pages", "window", "parts", "splits", "least", "most", "slots", "row_slots", "batch",
 ]  # fmt: skip
 
 
@@ -43,6 +48,12 @@ def keys_of_split(
     return tl.maximum(keys, BLOCK_N)
 
 
+@triton.jit
+def first_slot(row, first_token, row_slots):
+    """Where the results of a row begin that are to be put together."""
+    return tl.where(row_slots > 0, row * row_slots, first_token)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
     q_ptr,  # (B, T, H, HEAD_DIM)
@@ -52,9 +63,11 @@ def decode_kernel(
     v_scale_ptr,
     out_ptr,  # (B, T, H, VALUE_DIM) contiguous if IS_WHOLE, else (B, H, T, splits, VALUE_DIM) ACC
     lse_ptr,  # (B, H, T) contiguous ACC, natural, if IS_WHOLE, else (B, H, T, splits), base 2
+    # of the latter (H, slots, ...) for (B, H, T, ...) if IS_PACKED
     sinks_ptr,  # (H,), read if HAS_SINKS
     seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
     table_ptr,  # (B, max_pages) int32, read if IS_PAGED
+    bounds_ptr,  # (rows + 1,) int32, read if IS_PACKED
     cos_ptr,  # (positions, PAIRS), read if PAIRS > 0
     sin_ptr,
     stride_qb,
@@ -72,10 +85,10 @@ def decode_kernel(
     stride_vsb,
     stride_vss,
     stride_vsg,
-    batch_kv_heads,  # B * G
+    batch_kv_heads,  # B * G, rows * G if IS_PACKED
     kv_heads,  # G
     group_size,  # query heads per key/value head
-    num_queries,  # T
+    num_queries,  # T, of all rows if IS_PACKED
     cache_length,  # read unless HAS_LENGTHS
     capacity,
     max_pages,
@@ -84,6 +97,10 @@ def decode_kernel(
     window,  # keys, read if HAS_WINDOW
     parts,  # read if SPLIT_KEYS == 0
     splits,  # that there is room for
+    least,  # these four are read if IS_PACKED
+    most,
+    slots,  # queries that there is room for
+    row_slots,  # those of one row, or 0 where every query has one
     scale: tl.float64,
     softcap: tl.float64,  # read if HAS_SOFTCAP
     HEAD_DIM: tl.constexpr,
@@ -92,6 +109,7 @@ def decode_kernel(
     HAS_LENGTHS: tl.constexpr,
     IS_PAGED: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -108,19 +126,38 @@ def decode_kernel(
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    blocks = tl.cdiv(num_queries * group_size, BLOCK_M)
     program = tl.program_id(0)
-    row = (program % batch_kv_heads // kv_heads).to(tl.int64)
     kv_head = (program % kv_heads).to(tl.int64)
-    block = program // batch_kv_heads % blocks
-    split = program // batch_kv_heads // blocks
-    new = num_queries if APPENDS else 0
+    batch = batch_kv_heads // kv_heads
+    if IS_PACKED and SPLIT_KEYS == 0:
+        row, block = row_of(
+            program // kv_heads, bounds_ptr, batch, num_queries, group_size, BLOCK_M
+        )
+        split = 0
+    else:
+        # no row has more
+        pairs = num_queries * group_size
+        if IS_PACKED:
+            pairs = tl.minimum(pairs, most)
+        blocks = tl.cdiv(pairs, BLOCK_M)
+        row = program % batch_kv_heads // kv_heads
+        block = program // batch_kv_heads % blocks
+        split = program // batch_kv_heads // blocks
+    first_token, count = 0, num_queries
+    if IS_PACKED:
+        first_token, count = document_bounds(row, bounds_ptr, batch, num_queries)
+    row = row.to(tl.int64)
+    new = count if APPENDS else 0
     length, fits = row_length(seqlens_ptr, row, cache_length, new, capacity, HAS_LENGTHS)
     length = tl.where(fits, length + new, 0)
-    offset = length - num_queries
+    offset = length - count
     split_keys = keys_of_split(length, parts, BLOCK_N, SPLIT_KEYS, MOST_SPLITS)
     # not split * split_keys, which may pass 2**31 for a split that the row does not have
-    if split >= tl.cdiv(tl.maximum(length, 1), split_keys):
+    has_nothing = split >= tl.cdiv(tl.maximum(length, 1), split_keys)
+    if IS_PACKED:
+        pairs = count * group_size
+        has_nothing |= (pairs <= least) | (pairs > most) | (block * BLOCK_M >= pairs)
+    if has_nothing:
         return
     start = split * split_keys
     stored_end = start + tl.minimum(split_keys, length - start)
@@ -133,9 +170,11 @@ def decode_kernel(
     pairs = block * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = pairs // group_size
     heads = kv_head * group_size + pairs % group_size
-    inside = pairs < num_queries * group_size
+    inside = pairs < count * group_size
+    tokens = first_token + queries.to(tl.int64)
+    given_row = tl.zeros((), tl.int64) if IS_PACKED else row
     q = load_turned(
-        q_ptr, row * stride_qb + queries.to(tl.int64) * stride_qt + heads * stride_qh,
+        q_ptr, given_row * stride_qb + tokens * stride_qt + heads * stride_qh,
         inside & fits, queries + offset, cos_ptr, sin_ptr,
         HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, ACC,
     )  # fmt: skip
@@ -149,7 +188,7 @@ def decode_kernel(
         row_max = sink.to(ACC) * LOG2_E
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0).to(ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_V), ACC)
-    last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group_size, num_queries - 1)
+    last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group_size, count - 1)
     end = tl.minimum(stored_end, last_query + offset + 1)
     if HAS_WINDOW:
         first_seen = tl.maximum(block * BLOCK_M // group_size + offset + 1 - window, 0)
@@ -203,12 +242,14 @@ def decode_kernel(
     # a split without its pages makes the whole row NaN
     out = tl.where(fits, out, float("nan"))
     lse = tl.where(fits, lse, float("nan"))
-    statistics = (row * kv_heads * group_size + heads) * num_queries + queries
+    statistics = (given_row * kv_heads * group_size + heads) * num_queries + tokens
     if IS_WHOLE:
         lse *= LN_2
-        tokens = row * num_queries + queries
+        tokens += given_row * num_queries
         outs = (tokens * kv_heads * group_size + heads) * VALUE_DIM
     else:
+        if IS_PACKED:
+            statistics = heads * slots + first_slot(row, first_token, row_slots) + queries
         statistics = statistics * splits + split
         outs = statistics * VALUE_DIM
     tl.store(lse_ptr + statistics, lse, mask=inside)
@@ -219,20 +260,27 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def combine_kernel(
-    parts_out_ptr,  # (B, H, T, splits, VALUE_DIM) ACC
-    parts_lse_ptr,  # (B, H, T, splits) ACC, base 2
+    parts_out_ptr,  # (B, H, T, splits, VALUE_DIM) ACC, (H, slots, splits, VALUE_DIM) if IS_PACKED
+    parts_lse_ptr,  # the same without VALUE_DIM, base 2
     out_ptr,  # (B, T, H, VALUE_DIM), contiguous
     lse_ptr,  # (B, H, T), contiguous, ACC
     seqlens_ptr,  # (B,) int32, read if HAS_LENGTHS
+    bounds_ptr,  # (rows + 1,) int32, read if IS_PACKED
+    batch,
     heads,  # H
-    num_queries,  # T
+    group_size,
+    num_queries,  # T, of all rows if IS_PACKED
     cache_length,  # read unless HAS_LENGTHS
     capacity,
     parts,  # read if SPLIT_KEYS == 0
     splits,
+    most,  # as above
+    slots,
+    row_slots,
     VALUE_DIM: tl.constexpr,
     APPENDS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,  # of decode_kernel
@@ -240,22 +288,49 @@ def combine_kernel(
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program puts one query of one head together, from the splits that its row has."""
+    """One program puts one query of one head together, from the splits that its row has.
+
+    Of rows that stand side by side it is all queries of a row of ``most`` pairs at most.
+    """
     program = tl.program_id(0).to(tl.int64)
-    query, head = program % num_queries, program // num_queries % heads
-    row = program // num_queries // heads
-    new = num_queries if APPENDS else 0
+    if IS_PACKED:
+        head, row = program % heads, program // heads
+        first_token, count = document_bounds(row, bounds_ptr, batch, num_queries)
+        first_part = head * slots + first_slot(row, first_token, row_slots)
+        first_out, first_statistic = first_token, head * num_queries + first_token
+        queries = tl.where(count * group_size <= most, count, 0)
+    else:
+        row, count, queries = program // num_queries // heads, num_queries, 1
+        head = program // num_queries % heads
+        first_part, first_statistic = program, program
+        first_out = row * num_queries + program % num_queries
+    new = count if APPENDS else 0
     length, fits = row_length(seqlens_ptr, row, cache_length, new, capacity, HAS_LENGTHS)
     length = tl.where(fits, length + new, 0)
     split_keys = keys_of_split(length, parts, BLOCK_N, SPLIT_KEYS, MOST_SPLITS)
-    count = tl.cdiv(tl.maximum(length, 1), split_keys)
+    there = tl.cdiv(tl.maximum(length, 1), split_keys)
+    for query in range(queries):
+        out, lse = combined(
+            parts_out_ptr, parts_lse_ptr, (first_part + query) * splits, there,
+            VALUE_DIM, BLOCK_S, BLOCK_V, ACC,
+        )  # fmt: skip
+        tl.store(lse_ptr + first_statistic + query, lse)
+        cols = tl.arange(0, BLOCK_V)
+        out_ptrs = out_ptr + ((first_out + query) * heads + head) * VALUE_DIM + cols
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=cols < VALUE_DIM)
 
+
+@triton.jit
+def combined(
+    out_ptr, lse_ptr, first_part, count,
+    VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``(out, natural lse)`` of ``count`` splits; out is NaN where that of one is."""
     lanes, cols = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
-    first_part = program * splits
     largest = tl.full((), float("-inf"), ACC)
     for start in range(0, count, BLOCK_S):
         there = start + lanes < count
-        lse = tl.load(parts_lse_ptr + first_part + start + lanes, mask=there, other=float("-inf"))
+        lse = tl.load(lse_ptr + first_part + start + lanes, mask=there, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(lse, 0))
     # inf - inf is NaN: where nothing is seen, or a score is +inf
     pivot = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
@@ -263,16 +338,12 @@ def combine_kernel(
     acc = tl.zeros((BLOCK_V,), ACC)
     for start in range(0, count, BLOCK_S):
         there = start + lanes < count
-        lse = tl.load(parts_lse_ptr + first_part + start + lanes, mask=there, other=float("-inf"))
+        lse = tl.load(lse_ptr + first_part + start + lanes, mask=there, other=float("-inf"))
         weight = tl.exp2(lse - pivot)
         offsets = (first_part + start + lanes)[:, None] * VALUE_DIM + cols[None, :]
         mask = there[:, None] & (cols < VALUE_DIM)[None, :]
-        part = tl.load(parts_out_ptr + offsets, mask=mask, other=0.0)
+        part = tl.load(out_ptr + offsets, mask=mask, other=0.0)
         total += tl.sum(weight, 0)
         acc += tl.sum(part * weight[:, None], 0)
     total = tl.where(total == 0, 1.0, total)
-    # NaN where a part is
-    out = acc / total
-    tl.store(lse_ptr + program, (largest + tl.log2(total)) * LN_2)
-    out_ptrs = out_ptr + ((row * num_queries + query) * heads + head) * VALUE_DIM + cols
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=cols < VALUE_DIM)
+    return acc / total, (largest + tl.log2(total)) * LN_2

@@ -51,6 +51,7 @@ def forward(
     value: Tensor | None,
     cache_seqlens: Tensor | None,
     block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     sinks: Tensor | None,
@@ -61,14 +62,22 @@ def forward(
     softcap: float | None,
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, num_queries, heads, head_dim = query.shape
+    given, num_queries, heads, head_dim = query.shape
     kv_heads, value_dim = v_cache.shape[2:]
     group_size = heads // kv_heads
+    is_packed = cu_seqlens_q is not None
+    batch = given if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     acc = accumulator(query.dtype)
-    out = query.new_empty((batch, num_queries, heads, value_dim))
+    out = query.new_empty((given, num_queries, heads, value_dim))
     lse = query.new_empty(
-        (batch, heads, num_queries), dtype=torch.promote_types(query.dtype, torch.float32)
+        (given, heads, num_queries), dtype=torch.promote_types(query.dtype, torch.float32)
     )
+    if is_packed:
+        # of tokens that no row has
+        out.zero_()
+        lse.fill_(-torch.inf)
+        if batch == 0:
+            return out, lse
     if rotary_cos is not None and rotary_sin is not None:
         rotary_cos, rotary_sin = rotary_cos.contiguous(), rotary_sin.contiguous()
     if sinks is not None:
@@ -80,11 +89,12 @@ def forward(
         capacity = min(capacity, rotary_cos.shape[0])
     # where the tokens of a row are: the same for all three kernels
     lengths = (cache_length, capacity, max_pages, page_size, len(k_cache))
-    kinds: dict[str, Any] = {
+    tables = (cache_seqlens, block_table, cu_seqlens_q, rotary_cos, rotary_sin)
+    counts: dict[str, Any] = {
         "HAS_LENGTHS": cache_seqlens is not None,
-        "IS_PAGED": block_table is not None,
-        "HAS_SCALES": k_scale is not None,
+        "IS_PACKED": is_packed,
     }
+    kinds = counts | {"IS_PAGED": block_table is not None, "HAS_SCALES": k_scale is not None}
     turns = {
         "PAIRS": 0 if rotary_cos is None else rotary_cos.shape[1],
         "INTERLEAVED": rotary_interleaved,
@@ -98,55 +108,73 @@ def forward(
         strides += (0, 0, 0) if scales is None else scales.stride()
     if key is not None and value is not None:
         plan = tuning.APPEND
+        blocks = batch * triton.cdiv(num_queries * kv_heads, plan.block_m)
+        if is_packed:
+            blocks = (num_queries // plan.block_m + batch) * kv_heads
         launch(
-            append_kernel, (batch * triton.cdiv(num_queries * kv_heads, plan.block_m),),
-            key, value, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table,
-            rotary_cos, rotary_sin, *key.stride()[:3], *value.stride()[:3], *strides, kv_heads,
-            num_queries, *lengths, **kinds, **turns, **sizes, BLOCK=plan.block_m,
+            append_kernel, (blocks,),
+            key, value, k_cache, v_cache, k_scale, v_scale, *tables,
+            *key.stride()[:3], *value.stride()[:3], *strides, batch, kv_heads, num_queries,
+            *lengths, **kinds, **turns, **sizes, BLOCK=plan.block_m,
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
 
-    pairs = num_queries * group_size
-    plan = tuning.plan(pairs, head_dim, value_dim, query.dtype, k_cache.dtype)
-    splitting = {
-        "APPENDS": key is not None,
-        "HAS_LENGTHS": cache_seqlens is not None,
-        "SPLIT_KEYS": tuning.split_keys(pairs) if num_splits is None else 0,
-        "MOST_SPLITS": tuning.MOST_SPLITS,
-        "BLOCK_N": plan.block_n,
-    }
-    # a part has a block of keys or more
-    parts = min(num_splits or 1, max(1, triton.cdiv(capacity, plan.block_n)))
-    splits = parts
-    if splitting["SPLIT_KEYS"]:
-        longest = capacity if cache_seqlens is not None else cache_length + num_queries
-        splits = min(tuning.MOST_SPLITS, max(1, triton.cdiv(longest, tuning.SPLIT_KEYS)))
-    whole = splits == 1
-    out_parts, lse_parts = out, lse
-    if not whole:
-        out_parts = lse.new_empty((batch, heads, num_queries, splits, value_dim))
-        lse_parts = lse.new_empty((batch, heads, num_queries, splits))
-    blocks = triton.cdiv(pairs, plan.block_m)
-    launch(
-        decode_kernel, (batch * kv_heads * blocks * splits,),
-        query, k_cache, v_cache, k_scale, v_scale, out_parts, lse_parts, sinks, cache_seqlens,
-        block_table, rotary_cos, rotary_sin, *query.stride()[:3], *strides,
-        batch * kv_heads, kv_heads, group_size, num_queries, *lengths,
-        0 if window_size is None else min(window_size, capacity + num_queries), parts, splits,
-        scale, softcap or 1.0,
-        **(splitting | kinds), **turns, **sizes, IS_WHOLE=whole,
-        HAS_WINDOW=window_size is not None, HAS_SOFTCAP=softcap is not None,
-        FAST_CAP=softcap is not None and softcap <= 128.0 and query.itemsize == 2,
-        HAS_SINKS=sinks is not None, PRECISION="tf32" if uses_tf32(query) else "ieee",
-        BLOCK_M=plan.block_m, num_warps=plan.num_warps, num_stages=plan.num_stages,
-    )  # fmt: skip
-    if not whole:
-        plan = tuning.COMBINE
+    options = {
+        "HAS_WINDOW": window_size is not None, "HAS_SOFTCAP": softcap is not None,
+        "FAST_CAP": softcap is not None and softcap <= 128.0 and query.itemsize == 2,
+        "HAS_SINKS": sinks is not None, "PRECISION": "tf32" if uses_tf32(query) else "ieee",
+    }  # fmt: skip
+    longest = cache_length + num_queries
+    if cache_seqlens is not None or is_packed:
+        longest = capacity
+    # room for the results of splits: each row's own, or where they are fewer, each query's
+    row_slots, slots = 0, batch * num_queries
+    if is_packed:
+        row_slots = tuning.MOST_PAIRS // group_size
+        slots = batch * row_slots
+        if slots > num_queries:
+            row_slots, slots = 0, num_queries
+    partial: tuple[Tensor, Tensor] | None = None
+    most_pairs = num_queries * group_size
+    for least, most in tuning.classes(group_size, most_pairs) if is_packed else [(0, most_pairs)]:
+        pairs = min(most, most_pairs)
+        plan = tuning.plan(pairs, head_dim, value_dim, query.dtype, k_cache.dtype)
+        # a part has a block of keys or more
+        parts = min(num_splits or 1, max(1, triton.cdiv(capacity, plan.block_n)))
+        splits, split_keys = parts, tuning.split_keys(pairs) if num_splits is None else 0
+        if split_keys:
+            splits = min(tuning.MOST_SPLITS, max(1, triton.cdiv(longest, tuning.SPLIT_KEYS)))
+        splitting = {
+            "APPENDS": key is not None, "SPLIT_KEYS": split_keys,
+            "MOST_SPLITS": tuning.MOST_SPLITS, "BLOCK_N": plan.block_n,
+        }  # fmt: skip
+        results = (out, lse)
+        if splits > 1:
+            if partial is None:
+                shape = (heads * slots, splits)
+                partial = lse.new_empty((*shape, value_dim)), lse.new_empty(shape)
+            results = partial
+            combining = (parts, splits, most, slots, row_slots), splitting
+        programs = batch * triton.cdiv(pairs, plan.block_m) * splits
+        if is_packed and not split_keys:
+            programs = pairs // plan.block_m + batch
         launch(
-            combine_kernel, (batch * heads * num_queries,),
-            out_parts, lse_parts, out, lse, cache_seqlens,
-            heads, num_queries, cache_length, capacity, parts, splits,
-            **splitting, VALUE_DIM=value_dim, BLOCK_V=sizes["BLOCK_V"], ACC=acc,
+            decode_kernel, (kv_heads * programs,),
+            query, k_cache, v_cache, k_scale, v_scale, *results, sinks, *tables,
+            *query.stride()[:3], *strides,
+            batch * kv_heads, kv_heads, group_size, num_queries, *lengths,
+            0 if window_size is None else min(window_size, capacity + num_queries), parts, splits,
+            least, most, slots, row_slots, scale, softcap or 1.0,
+            **(splitting | kinds), **turns, **sizes, **options, IS_WHOLE=splits == 1,
+            BLOCK_M=plan.block_m, num_warps=plan.num_warps, num_stages=plan.num_stages,
+        )  # fmt: skip
+    if partial is not None:
+        plan, (numbers, splitting) = tuning.COMBINE, combining
+        launch(
+            combine_kernel, (batch * heads * (1 if is_packed else num_queries),),
+            *partial, out, lse, cache_seqlens, cu_seqlens_q,
+            batch, heads, group_size, num_queries, cache_length, capacity, *numbers,
+            **splitting, **counts, VALUE_DIM=value_dim, BLOCK_V=sizes["BLOCK_V"], ACC=acc,
             BLOCK_S=plan.block_m, num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
     return out, lse

@@ -6,6 +6,7 @@ spills, shared memory); not yet measured on a GPU.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,9 @@ COMBINE = Plan(16, 0, 4, 1)
 # 2 SPLIT_KEYS D 16-bit numbers, 1 % for one query head.
 SPLIT_KEYS = 256
 MOST_SPLITS = 128
-# With more (query, head) pairs than this the grid is full without splits.
+# Up to so many (query, head) pairs one block of 16 has them all.
+FEW_PAIRS = 16
+# With more than this the grid is full without splits.
 MOST_PAIRS = 64
 
 
@@ -52,7 +55,7 @@ def plan(
     pairs: int, head_dim: int, value_dim: int, dtype: torch.dtype, stored: torch.dtype
 ) -> Plan:
     """The row of ``decode``, for ``pairs`` queries and heads that share keys, ``stored`` so."""
-    few = pairs <= 16
+    few = pairs <= FEW_PAIRS
     is_ragged = head_dim * stored.itemsize % 16 or value_dim * stored.itemsize % 16
     if dtype == torch.float64:
         rows = FLOAT64
@@ -68,3 +71,16 @@ def plan(
 def split_keys(pairs: int) -> int:
     """Keys of a split, or 0 where keys are not divided."""
     return SPLIT_KEYS if pairs <= MOST_PAIRS else 0
+
+
+def classes(group_size: int, most_pairs: int) -> list[tuple[int, int]]:
+    """``(least, most)`` of the pairs of rows that are alike to ``plan`` and to ``split_keys``.
+
+    Those that rows can have: of one query, which is ``group_size`` pairs, to ``most_pairs``.
+    """
+    bounds = (0, FEW_PAIRS, MOST_PAIRS, 2**31 - 1)
+    return [
+        (least, most)
+        for least, most in itertools.pairwise(bounds)
+        if least < most_pairs and group_size <= most
+    ]

@@ -216,23 +216,26 @@ def attention_with_kv_cache_launches(dtype: torch.dtype) -> None:
             regular = (num_queries, 32, 8, head_dim, head_dim, dtype)
             _attention_with_kv_cache(*regular, int8=True)
             _attention_with_kv_cache(*ragged, with_options=True, int8=True)
+    if dtype == torch.bfloat16:
+        _attention_with_kv_cache(20, 32, 8, 128, 128, dtype, packed=True)
 
 
 def _attention_with_kv_cache(
     num_queries: int, heads: int, kv_heads: int, head_dim: int, value_dim: int,
-    dtype: torch.dtype, *, with_options: bool = False, int8: bool = False,
+    dtype: torch.dtype, *, with_options: bool = False, int8: bool = False, packed: bool = False,
 ) -> None:  # fmt: skip
     size = (7, 48) if with_options else (2, 4096)
     stored = torch.int8 if int8 else dtype
     k_cache = empty(*size, kv_heads, head_dim, dtype=stored)
     v_cache = empty(*size, kv_heads, value_dim, dtype=stored)
     scales = (empty(*size, kv_heads, dtype=torch.float32) if int8 else None,) * 2
-    query = empty(2, num_queries, heads, head_dim, dtype=dtype)
-    key = empty(2, num_queries, kv_heads, head_dim, dtype=dtype)
-    value = empty(2, num_queries, kv_heads, value_dim, dtype=dtype)
+    batch, bounds = (1, empty(3, dtype=torch.int32)) if packed else (2, None)
+    query = empty(batch, num_queries, heads, head_dim, dtype=dtype)
+    key = empty(batch, num_queries, kv_heads, head_dim, dtype=dtype)
+    value = empty(batch, num_queries, kv_heads, value_dim, dtype=dtype)
     lengths, sinks = empty(2, dtype=torch.int32), empty(heads, dtype=torch.float32)
     table = empty(4096, head_dim // 2, dtype=torch.float32)
-    tables = (empty(2, 99, dtype=torch.int32) if with_options else None, table, table)
+    tables = (empty(2, 99, dtype=torch.int32) if with_options else None, bounds, table, table)
     options = (
         (sinks, 0, True, 0.125, 50, 20.0) if with_options else (None, 0, False, 0.125, None, None)
     )

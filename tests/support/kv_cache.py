@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,14 +103,26 @@ class Call:
         options = {name: x for name, x in one.options.items() if name != "block_table"}
         return dataclasses.replace(one, options=options)
 
+    def with_counts(self, counts: Sequence[int], spare: int = 2) -> Call:
+        """The first ``counts`` queries and tokens of the rows, side by side, and NaN after them."""
+
+        def joined(x: Tensor) -> Tensor:
+            rows = [row[:count] for row, count in zip(x, counts, strict=True)]
+            return torch.cat([*rows, x.new_full((spare, *x.shape[2:]), torch.nan)])[None]
+
+        tokens = {name: joined(x) for name, x in self.options.items() if name in ("key", "value")}
+        bounds = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+        options = {**self.options, **tokens, "cu_seqlens_q": bounds.to(self.query.device)}
+        return dataclasses.replace(self, query=joined(self.query), options=options)
+
     def arguments(self) -> tuple[Any, ...]:
         """What the forward step of a backend takes."""
         get = self.options.get
         scale = get("scale")
         return (
             self.query, self.k_cache, self.v_cache, get("k_scale"), get("v_scale"), get("key"),
-            get("value"), self.seqlens, get("block_table"), get("rotary_cos"), get("rotary_sin"),
-            get("sinks"), 0, get("rotary_interleaved", False),
+            get("value"), self.seqlens, get("block_table"), get("cu_seqlens_q"), get("rotary_cos"),
+            get("rotary_sin"), get("sinks"), 0, get("rotary_interleaved", False),
             self.query.shape[-1] ** -0.5 if scale is None else scale,
             get("window_size"), get("softcap"), None,
         )  # fmt: skip

@@ -8,7 +8,8 @@ gathered and masked, in float32.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from fastlm.ops.reference.attention_with_kv_cache import (
     quantized,
     read_lengths,
     read_pages,
+    sequences_of,
     widened,
 )
 
@@ -38,6 +40,7 @@ def forward(
     value: Tensor | None,
     cache_seqlens: Tensor | None,
     block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     sinks: Tensor | None,
@@ -54,17 +57,17 @@ def forward(
     if rotary_cos is not None and rotary_sin is not None:
         tables = _Tables(rotary_cos, rotary_sin, rotary_interleaved)
     options = _Options(sinks, scale, window_size, softcap)
+    if cu_seqlens_q is not None:
+        at = sequences_of(query, cu_seqlens_q)
+        return _packed(query, caches, key, value, at, cache_seqlens, cache_length, tables, options)
     if len(query) == 0 or capacity == 0:
         return _empty(query, v_cache, key is None and cache_seqlens is None)
     if not query.is_cpu and (cache_seqlens is not None or block_table is not None):
         if cache_seqlens is None:
             cache_seqlens = torch.full((len(query),), cache_length, device=query.device)
         return _unread(query, caches, key, value, cache_seqlens, capacity, tables, options)
-    new = 0 if key is None else query.shape[1]
-    lengths = read_lengths(cache_seqlens, cache_length, len(query), new, capacity)
-    if block_table is not None:
-        for row, length in enumerate(lengths):
-            read_pages(row, length + new, k_cache, block_table)
+    new = [0 if key is None else query.shape[1]] * len(query)
+    lengths = caches.read(cache_seqlens, cache_length, new, capacity)
     return _known(query, caches, key, value, lengths, tables, options)
 
 
@@ -113,6 +116,26 @@ class _Caches:
     key_scales: Tensor | None
     value_scales: Tensor | None
     table: Tensor | None
+
+    def of(self, row: int) -> _Caches:
+        """Those of one row."""
+        at = slice(row, row + 1)
+        if self.table is not None:
+            return replace(self, table=self.table[at])
+        k_scales, v_scales = (
+            None if x is None else x[at] for x in (self.key_scales, self.value_scales)
+        )
+        return _Caches(self.keys[at], self.values[at], k_scales, v_scales, None)
+
+    def read(
+        self, cache_seqlens: Tensor | None, cache_length: int, new: Sequence[int], capacity: int
+    ) -> list[int]:
+        """The tokens of each row; with as many ``new`` they must fit."""
+        lengths = read_lengths(cache_seqlens, cache_length, new, capacity)
+        if self.table is not None:
+            for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
+                read_pages(row, length + count, self.keys, self.table)
+        return lengths
 
     def append(self, rows: slice, start: int, key: Tensor, value: Tensor) -> None:
         """Write the tokens of ``rows`` from position ``start`` on."""
@@ -180,6 +203,33 @@ class _Caches:
     def _places(self, table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         page_size = self.keys.shape[1]
         return table.long().gather(1, positions // page_size), positions % page_size
+
+
+def _packed(
+    query: Tensor,
+    caches: _Caches,
+    key: Tensor | None,
+    value: Tensor | None,
+    sequences: Sequence[tuple[slice, slice]],
+    cache_seqlens: Tensor | None,
+    cache_length: int,
+    tables: _Tables | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """Rows whose tokens stand side by side, one by one."""
+    new = [0 if key is None else query[at].shape[1] for at in sequences]
+    capacity = caches.capacity if tables is None else min(caches.capacity, len(tables.cos))
+    lengths = caches.read(cache_seqlens, cache_length, new, capacity)
+    _, total, heads, _ = query.shape
+    out = query.new_zeros((1, total, heads, caches.values.shape[-1]))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_full((1, heads, total), -torch.inf, dtype=dtype)
+    for row, (at, length) in enumerate(zip(sequences, lengths, strict=True)):
+        k, v = (None if x is None else x[at] for x in (key, value))
+        out[at], lse[:, :, at[1]] = _known(
+            query[at], caches.of(row), k, v, [length], tables, options
+        )
+    return out, lse
 
 
 def _known(
@@ -271,5 +321,19 @@ def _masked(
     return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
 
 
-def forward_refuses(*args: object) -> None:
+def forward_refuses(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    cache_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    *rest: object,
+) -> str | None:
+    if cu_seqlens_q is not None and not query.is_cpu:
+        return f"cu_seqlens_q is on {query.device.type}: rows of many lengths are read on the host"
     return None

@@ -9,6 +9,7 @@ the caches, :func:`truth_forward` and :func:`plain_forward` attend over what is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,6 +32,7 @@ def forward(
     value: Tensor | None,
     cache_seqlens: Tensor | None,
     block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     sinks: Tensor | None,
@@ -43,30 +45,32 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out ``(B, T, H, Dv)`` in the dtype of query and lse ``(B, H, T)`` in float32 or float64.
 
-    Without ``cache_seqlens`` every row has ``cache_length`` tokens.
+    Without ``cache_seqlens`` every row has ``cache_length`` tokens.  With ``cu_seqlens_q`` the
+    queries of the rows stand side by side.
 
     Raises:
-        ValueError: A row does not fit; nothing is written.
+        ValueError: A row does not fit, or boundaries are none; nothing is written.
     """
-    new = 0 if key is None else query.shape[1]
+    sequences = sequences_of(query, cu_seqlens_q)
+    new = [0 if key is None else query[at].shape[1] for at in sequences]
     capacity = capacity_of(k_cache, block_table, rotary_cos)
-    starts = read_lengths(cache_seqlens, cache_length, len(query), new, capacity)
+    starts = read_lengths(cache_seqlens, cache_length, new, capacity)
     if block_table is not None:
-        for row, start in enumerate(starts):
-            read_pages(row, start + new, k_cache, block_table)
+        for row, (start, count) in enumerate(zip(starts, new, strict=True)):
+            read_pages(row, start + count, k_cache, block_table)
+    tables = (rotary_cos, rotary_sin, rotary_interleaved)
     if key is not None and value is not None:
-        rows = torch.arange(len(query), device=query.device)
-        tables = (rotary_cos, rotary_sin, rotary_interleaved)
-        at = _places(rows, starts, new, k_cache, block_table)
-        key = _turned(key, starts, *tables)
-        for cache, scales, x in ((k_cache, k_scale, key), (v_cache, v_scale, value)):
-            if scales is None:
-                cache[at] = x
-            else:
-                cache[at], scales[at] = quantized(x)
+        for row, (at, start) in enumerate(zip(sequences, starts, strict=True)):
+            place = _places(row, start, new[row], k_cache, block_table)
+            k, v = _turned(key[at], start, *tables)[0], value[at][0]
+            for cache, scales, x in ((k_cache, k_scale, k), (v_cache, v_scale, v)):
+                if scales is None:
+                    cache[place] = x
+                else:
+                    cache[place], scales[place] = quantized(x)
     return _row_by_row(
-        attention.forward, query, (k_cache, k_scale), (v_cache, v_scale), starts, new, block_table,
-        rotary_cos, rotary_sin, sinks, rotary_interleaved, scale, window_size, softcap,
+        attention.forward, query, (k_cache, k_scale), (v_cache, v_scale), sequences, starts, new,
+        block_table, *tables, sinks, scale, window_size, softcap,
     )  # fmt: skip
 
 
@@ -80,6 +84,7 @@ def written_forward(
     value: Tensor | None,
     cache_seqlens: Tensor | None,
     block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     sinks: Tensor | None,
@@ -98,27 +103,34 @@ def written_forward(
         nowhere = (torch.empty(0, dtype=torch.int64, device=query.device),) * 2
         written = (x for x in (k_cache, v_cache, k_scale, v_scale) if x is not None)
         return [(nowhere, x[nowhere], x[nowhere].double()) for x in written]
-    new = query.shape[1]
-    found = _starts(query, k_cache, key, cache_seqlens, block_table, rotary_cos, cache_length)
-    fitting = [row for row, start in enumerate(found) if start is not None]
-    starts = [start for start in found if start is not None]
-    rows = torch.tensor(fitting, dtype=torch.int64, device=query.device)
-    at = _places(rows, starts, new, k_cache, block_table)
+    sequences = sequences_of(query, cu_seqlens_q)
+    new = [query[at].shape[1] for at in sequences]
+    capacity = capacity_of(k_cache, block_table, rotary_cos)
+    starts = _starts(k_cache, cache_seqlens, cache_length, new, capacity, block_table)
     tables = (rotary_cos, rotary_sin, rotary_interleaved)
-    plain, truth = (
-        (_turned(k[rows], starts, *tables), v[rows])
-        for k, v in ((key, value), (key.double(), value.double()))
-    )
+    # of no rows, should none fit
+    places = [_places(0, 0, 0, k_cache, None)]
+    keys, values = ([x[:0].flatten(0, 1)] for x in (key, value))
+    true_keys = [keys[0].double()]
+    for row, (at, start) in enumerate(zip(sequences, starts, strict=True)):
+        if start is not None:
+            places.append(_places(row, start, new[row], k_cache, block_table))
+            keys.append(_turned(key[at], start, *tables)[0])
+            true_keys.append(_turned(key[at].double(), start, *tables)[0])
+            values.append(value[at][0])
+    where = torch.cat([place[0] for place in places]), torch.cat([place[1] for place in places])
+    plain = torch.cat(keys), torch.cat(values)
+    truth = torch.cat(true_keys), plain[1].double()
     if k_scale is None:
-        return [(at, *pair) for pair in zip(plain, truth, strict=True)]
-    ratios, scales = zip(
-        *(
-            zip(divided(x, torch.float32), divided(y, torch.float64), strict=True)
-            for x, y in zip(plain, truth, strict=True)
-        ),
-        strict=True,
-    )
-    return [(at, *pair) for pair in (*ratios, *scales)]
+        return [(where, *pair) for pair in zip(plain, truth, strict=True)]
+    (k_ratio, k_factor), (v_ratio, v_factor) = (divided(x, torch.float32) for x in plain)
+    (true_k, true_k_factor), (true_v, true_v_factor) = (divided(x, torch.float64) for x in truth)
+    return [
+        (where, k_ratio, true_k),
+        (where, v_ratio, true_v),
+        (where, k_factor, true_k_factor),
+        (where, v_factor, true_v_factor),
+    ]
 
 
 def truth_forward(
@@ -131,6 +143,7 @@ def truth_forward(
     value: Tensor | None,
     cache_seqlens: Tensor | None,
     block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     sinks: Tensor | None,
@@ -145,10 +158,9 @@ def truth_forward(
 
     Rotated queries are not rounded.  A row that does not fit is NaN.
     """
-    starts = _starts(query, k_cache, key, cache_seqlens, block_table, rotary_cos, cache_length)
-    return _row_by_row(
-        attention.truth_forward, query.double(), (k_cache, k_scale), (v_cache, v_scale), starts,
-        0 if key is None else query.shape[1], block_table, rotary_cos, rotary_sin, sinks,
+    return _of_appended(
+        attention.truth_forward, query.double(), (k_cache, k_scale), (v_cache, v_scale), key,
+        cache_seqlens, block_table, cu_seqlens_q, rotary_cos, rotary_sin, sinks, cache_length,
         rotary_interleaved, scale, window_size, softcap,
     )  # fmt: skip
 
@@ -163,6 +175,7 @@ def plain_forward(
     value: Tensor | None,
     cache_seqlens: Tensor | None,
     block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     sinks: Tensor | None,
@@ -174,10 +187,9 @@ def plain_forward(
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The same by torch's rotation and attention in the working dtype."""
-    starts = _starts(query, k_cache, key, cache_seqlens, block_table, rotary_cos, cache_length)
-    return _row_by_row(
-        attention.plain_forward, query, (k_cache, k_scale), (v_cache, v_scale), starts,
-        0 if key is None else query.shape[1], block_table, rotary_cos, rotary_sin, sinks,
+    return _of_appended(
+        attention.plain_forward, query, (k_cache, k_scale), (v_cache, v_scale), key,
+        cache_seqlens, block_table, cu_seqlens_q, rotary_cos, rotary_sin, sinks, cache_length,
         rotary_interleaved, scale, window_size, softcap,
     )  # fmt: skip
 
@@ -219,22 +231,39 @@ def capacity_of(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor 
     return capacity if rotary_cos is None else min(capacity, rotary_cos.shape[0])
 
 
+def sequences_of(query: Tensor, cu_seqlens_q: Tensor | None) -> list[tuple[slice, slice]]:
+    """Rows and tokens of query that belong to each row of the caches.
+
+    Raises:
+        ValueError: Boundaries begin elsewhere than at 0, fall, or end beyond the tokens.
+    """
+    batch, total = query.shape[:2]
+    if cu_seqlens_q is None:
+        return [(slice(row, row + 1), slice(0, total)) for row in range(batch)]
+    bounds = cu_seqlens_q.tolist()
+    if bounds[0] != 0 or bounds[-1] > total or bounds != sorted(bounds):
+        raise ValueError(
+            f"{_OP}: cu_seqlens_q must rise from 0 to at most {total}, the tokens of query, got "
+            f"{bounds}"
+        )
+    return [(slice(0, 1), slice(*pair)) for pair in itertools.pairwise(bounds)]
+
+
 def read_lengths(
-    cache_seqlens: Tensor | None, cache_length: int, batch: int, new: int, capacity: int
+    cache_seqlens: Tensor | None, cache_length: int, new: Sequence[int], capacity: int
 ) -> list[int]:
     """The tokens of each row before the append, on the host.
 
     Raises:
-        ValueError: With ``new`` more they do not fit.
+        ValueError: With as many ``new`` as the row gets they do not fit.
     """
-    if cache_seqlens is None:
-        return [cache_length] * batch
-    lengths = cache_seqlens.tolist()
-    if any(not 0 <= length <= capacity - new for length in lengths):
-        raise ValueError(
-            f"{_OP}: cache_seqlens must be from 0 to {capacity - new}, so that {new} more fit in "
-            f"{capacity}, got {lengths}"
-        )
+    lengths = [cache_length] * len(new) if cache_seqlens is None else cache_seqlens.tolist()
+    for length, count in zip(lengths, new, strict=True):
+        if not 0 <= length <= capacity - count:
+            raise ValueError(
+                f"{_OP}: cache_seqlens must be from 0 to {capacity - count}, so that {count} more "
+                f"fit in {capacity}, got {lengths}"
+            )
     return lengths
 
 
@@ -255,23 +284,20 @@ def read_pages(row: int, length: int, cache: Tensor, block_table: Tensor) -> lis
 
 
 def _starts(
-    query: Tensor,
     k_cache: Tensor,
-    key: Tensor | None,
     cache_seqlens: Tensor | None,
-    block_table: Tensor | None,
-    rotary_cos: Tensor | None,
     cache_length: int,
+    new: Sequence[int],
+    capacity: int,
+    block_table: Tensor | None,
 ) -> list[int | None]:
     """The tokens of each row before the append; None for a row that does not fit."""
-    new = 0 if key is None else query.shape[1]
-    capacity = capacity_of(k_cache, block_table, rotary_cos)
-    lengths = [cache_length] * len(query) if cache_seqlens is None else cache_seqlens.tolist()
+    lengths = [cache_length] * len(new) if cache_seqlens is None else cache_seqlens.tolist()
     starts: list[int | None] = []
-    for row, length in enumerate(lengths):
-        fits = 0 <= length <= capacity - new
+    for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
+        fits = 0 <= length <= capacity - count
         if fits and block_table is not None:
-            pages = block_table[row, : -(-(length + new) // k_cache.shape[1])]
+            pages = block_table[row, : -(-(length + count) // k_cache.shape[1])]
             fits = bool(((pages >= 0) & (pages < len(k_cache))).all())
         starts.append(length if fits else None)
     return starts
@@ -279,34 +305,55 @@ def _starts(
 
 def _turned(
     heads: Tensor,
-    starts: list[int],
+    start: int,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     rotary_interleaved: bool,
 ) -> Tensor:
-    """``(B, T, heads, D)`` at the positions from ``starts`` on."""
+    """``(1, T, heads, D)`` at the positions from ``start`` on."""
     if rotary_cos is None or rotary_sin is None:
         return heads
-    at = _positions(starts, heads.shape[1], heads.device)
-    angles = rotary_cos[at], rotary_sin[at]
-    return rotary.forward(heads, heads[:, :, :0], *angles, rotary_interleaved)[0]
+    at = slice(start, start + heads.shape[1])
+    nothing = heads[:, :, :0]
+    return rotary.forward(heads, nothing, rotary_cos[at], rotary_sin[at], rotary_interleaved)[0]
 
 
-def _positions(starts: list[int], count: int, device: torch.device) -> Tensor:
-    """``(B, count)``."""
-    first = torch.tensor(starts, dtype=torch.int64, device=device)
-    return first[:, None] + torch.arange(count, device=device)
-
-
-def _places(
-    rows: Tensor, starts: list[int], new: int, cache: Tensor, block_table: Tensor | None
-) -> Places:
-    """Where the new tokens of ``rows`` stand; both ``(len(rows), new)``."""
-    positions = _positions(starts, new, cache.device)
+def _places(row: int, start: int, new: int, cache: Tensor, block_table: Tensor | None) -> Places:
+    """Where the new tokens of a row stand; both ``(new,)``."""
+    positions = torch.arange(start, start + new, device=cache.device)
     if block_table is None:
-        return rows[:, None].expand_as(positions), positions
+        return torch.full_like(positions, row), positions
     page_size = cache.shape[1]
-    return block_table[rows].long().gather(1, positions // page_size), positions % page_size
+    return block_table[row].long()[positions // page_size], positions % page_size
+
+
+def _of_appended(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    keys: tuple[Tensor, Tensor | None],
+    values: tuple[Tensor, Tensor | None],
+    key: Tensor | None,
+    cache_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    sinks: Tensor | None,
+    cache_length: int,
+    rotary_interleaved: bool,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Of rows that fit; the others are NaN."""
+    sequences = sequences_of(query, cu_seqlens_q)
+    new = [0 if key is None else query[at].shape[1] for at in sequences]
+    capacity = capacity_of(keys[0], block_table, rotary_cos)
+    starts = _starts(keys[0], cache_seqlens, cache_length, new, capacity, block_table)
+    return _row_by_row(
+        attend, query, keys, values, sequences, starts, new, block_table, rotary_cos, rotary_sin,
+        rotary_interleaved, sinks, scale, window_size, softcap,
+    )  # fmt: skip
 
 
 def _row_by_row(
@@ -314,31 +361,34 @@ def _row_by_row(
     query: Tensor,
     keys: tuple[Tensor, Tensor | None],
     values: tuple[Tensor, Tensor | None],
+    sequences: Sequence[tuple[slice, slice]],
     starts: Sequence[int | None],
-    new: int,
+    new: Sequence[int],
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
-    sinks: Tensor | None,
     rotary_interleaved: bool,
+    sinks: Tensor | None,
     scale: float,
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Over what stands in the caches, each with its scales."""
+    """Over what stands in the caches, each with its scales; 0 for queries of no row."""
     batch, num_queries, heads, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    out = query.new_full((batch, num_queries, heads, values[0].shape[-1]), torch.nan)
-    lse = query.new_full((batch, heads, num_queries), torch.nan, dtype=dtype)
-    for b, start in enumerate(starts):
+    out = query.new_zeros((batch, num_queries, heads, values[0].shape[-1]))
+    lse = query.new_full((batch, heads, num_queries), -torch.inf, dtype=dtype)
+    for row, (at, start) in enumerate(zip(sequences, starts, strict=True)):
+        rows, tokens = at
         if start is None:
+            out[at], lse[rows, :, tokens] = torch.nan, torch.nan
             continue
-        row = slice(b, b + 1)
-        q = query[row]
-        if new:
-            q = _turned(q, [start], rotary_cos, rotary_sin, rotary_interleaved)
-        k, v = (_stored(b, start + new, *x, block_table, q.dtype) for x in (keys, values))
-        out[row], lse[row] = attend(
+        q = query[at]
+        if new[row]:
+            q = _turned(q, start, rotary_cos, rotary_sin, rotary_interleaved)
+        length = start + new[row]
+        k, v = (_stored(row, length, *x, block_table, q.dtype) for x in (keys, values))
+        out[at], lse[rows, :, tokens] = attend(
             q, k, v, sinks, None, None, None, None, scale, window_size, softcap
         )
     return out, lse
