@@ -307,6 +307,17 @@ def test_the_token_that_ends_a_turn_ends_an_answer(folder):
     assert conversation.messages[-1] == {"role": "assistant", "content": said}
 
 
+def test_an_answer_may_be_left_before_it_begins(folder):
+    conversation = open_conversation(folder)
+    conversation.answer("the cat").close()
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
+    items = conversation.answer("sat", 9)
+    text = next(items).text + next(items).text
+    assert conversation.messages[-1] == {"role": "assistant", "content": text}
+    conversation.reset()
+    assert conversation.messages == []
+
+
 def test_the_oldest_turns_are_forgotten_but_not_the_instruction(tmp_path):
     conversation = open_conversation(write_model(tmp_path, 96), "be brief")
     lost = 0

@@ -12,8 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.models import GPT2, scramble, tiny_config, tiny_model
 from support.poison import poisoned
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlm
+from fastlm.model import names
 from fastlm.model.blocks import Rotary
 from fastlm.model.config import CausalLMConfig, RopeScaling
 from fastlm.testing import assert_as_accurate
@@ -77,7 +79,7 @@ def test_gradients_are_those_of_the_logits(changes, device):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("changes", TYPES[2:])
+@pytest.mark.parametrize("changes", TYPES[3:])
 def test_compiles_whole(changes, device):
     model, ids = scrambled(device, **changes, num_hidden_layers=1), batch(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -307,8 +309,8 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(model_type, vocab_siz
         sizes["intermediate_size"] = 256
     ours = CausalLMConfig.from_dict({"model_type": model_type, **sizes})
     theirs = transformers.AutoConfig.for_model(model_type, **sizes)
-    names = ["max_position_embeddings", "initializer_range", "tie_word_embeddings", "pad_token_id"]
-    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in names]
+    alike = ["max_position_embeddings", "initializer_range", "tie_word_embeddings", "pad_token_id"]
+    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in alike]
     if model_type == "gpt2":
         pairs += [(ours.hidden_act, theirs.activation_function), (ours.intermediate_size, 256)]
         pairs += [(ours.rms_norm_eps, theirs.layer_norm_epsilon)]
@@ -346,3 +348,72 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(model_type, vocab_siz
 def test_impossible_configs_are_named(changes, message):
     with pytest.raises(ValueError, match=f"CausalLMConfig: {message}"):
         tiny_config(**changes)
+
+
+# ---- models that people have
+
+GPT2_SMALL = {
+    "model_type": "gpt2", "vocab_size": 50_257, "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+    "n_layer": 12, "n_positions": 1024, "activation_function": "gelu_new", "attn_pdrop": 0.1,
+    "embd_pdrop": 0.1, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "bos_token_id": 50_256,
+    "eos_token_id": 50_256, "initializer_range": 0.02, "summary_type": "cls_index",
+}  # fmt: skip
+LLAMA_3_2_1B = {
+    "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "hidden_act": "silu", "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
+    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "tie_word_embeddings": True, "bos_token_id": 128_000, "eos_token_id": [128_001, 128_009],
+    "pretraining_tp": 1, "use_cache": True,
+}  # fmt: skip
+QWEN2_5_HALF_B = {
+    "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "hidden_act": "silu", "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0, "attention_dropout": 0.0, "tie_word_embeddings": True,
+    "sliding_window": 32_768, "use_sliding_window": False, "max_window_layers": 21,
+    "bos_token_id": 151_643, "eos_token_id": 151_645,
+}  # fmt: skip
+QWEN3_0_6B = {
+    **QWEN2_5_HALF_B, "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40_960, "attention_bias": False, "rope_scaling": None,
+    "sliding_window": None, "max_window_layers": 28,
+}  # fmt: skip
+MISTRAL_7B = {
+    "model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4096,
+    "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "hidden_act": "silu", "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "sliding_window": 4096,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "parameters"),
+    [
+        (GPT2_SMALL, 124_439_808),
+        (LLAMA_3_2_1B, 1_235_814_400),
+        (QWEN2_5_HALF_B, 494_032_768),
+        (QWEN3_0_6B, 596_049_920),
+        (MISTRAL_7B, 7_241_732_096),
+    ],
+    ids=["gpt2", "llama", "qwen2", "qwen3", "mistral"],
+)
+def test_well_known_models_have_the_parameters_they_are_known_for(values, parameters):
+    config = CausalLMConfig.from_dict(values)
+    # shapes without memory; the meta device does not know of the poisoned torch.empty of all tests
+    with FakeTensorMode():
+        model = fastlm.CausalLM(config)
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**copy.deepcopy(values))
+        )
+        ours = names.to_file(config.model_type, model.state_dict())
+    assert {name: t.shape for name, t in ours.items()} == {
+        name: t.shape for name, t in theirs.state_dict().items()
+    }
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert set(config.windows) == {4096 if config.model_type == "mistral" else None}

@@ -163,7 +163,7 @@ def _decode(config: CausalLMConfig, dtype: torch.dtype) -> None:
         for window in dict.fromkeys(config.windows):
             inputs = (
                 empty(1, config.num_attention_heads), empty(room, heads), empty(room, heads),
-                None, None, *new, lengths, None, *tables, None, 0, False,
+                None, None, *new, lengths, None, None, *tables, None, 0, False,
                 config.head_size**-0.5, window, None, None,
             )  # fmt: skip
             if forward_refuses(*inputs) is None:

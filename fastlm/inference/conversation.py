@@ -76,10 +76,10 @@ class Conversation:
     ) -> Generator[StreamItem, None, None]:
         """Answer token by token; arguments and errors as in :meth:`LanguageModel.stream`.
 
-        Arguments are checked here, before the first item is asked for.  What was answered is part
-        of the conversation when the items end, or are closed.  Where the oldest turns leave no room
-        for an answer of ``max_new_tokens``, or of half the context if that is less, they are
-        forgotten.
+        Arguments are checked here, before the first item is asked for.  What was answered so far is
+        part of the conversation at any time, so that an answer may be left where it is.  Where the
+        oldest turns leave no room for an answer of ``max_new_tokens``, or of half the context if
+        that is less, they are forgotten.
 
         Raises:
             ArgumentError: One is out of range, or the question does not fit in the context.
@@ -108,17 +108,16 @@ class Conversation:
             stop_token_ids=self._ends,
             top_logprobs=top_logprobs,
         )
-        self.messages, self.forgotten = messages, forgotten
-        return self._answer(items)
+        reply = {"role": "assistant", "content": ""}
+        self.messages, self.forgotten = [*messages, reply], forgotten
+        return self._answer(items, reply)
 
-    def _answer(self, items: Iterator[StreamItem]) -> Generator[StreamItem, None, None]:
-        texts: list[str] = []
-        try:
-            for item in items:
-                texts.append(item.text)
-                yield item
-        finally:
-            self.messages.append({"role": "assistant", "content": "".join(texts)})
+    def _answer(
+        self, items: Iterator[StreamItem], reply: dict[str, str]
+    ) -> Generator[StreamItem, None, None]:
+        for item in items:
+            reply["content"] += item.text
+            yield item
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[str, int]:
         """Text that the model continues, and how many tokens it has."""
