@@ -120,6 +120,9 @@ def test_whoever_watches_modules_sees_them():
     handle = model.model.norm.register_forward_hook(lambda *_: None)
     assert not isinstance(decode_step(model, cache), DirectStep)
     handle.remove()
+    other = copy.deepcopy(model)
+    other.model.layers[0].mlp = torch.nn.Identity()
+    assert not isinstance(decode_step(other, cache), DirectStep)
     assert not isinstance(decode_step(model, model.bfloat16().new_cache(1, 8)), DirectStep)
 
 

@@ -15,11 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.model.blocks import ACTIVATION_FUNCTIONS, Block, FeedForward
+from fastlm.model.blocks import (
+    ACTIVATION_FUNCTIONS,
+    Block,
+    Decoder,
+    FeedForward,
+    UngatedFeedForward,
+)
 from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.products import FewRows
-from fastlm.nn import RMSNorm
+from fastlm.nn import CausalSelfAttention, RMSNorm
 from fastlm.ops import _checked
 
 if TYPE_CHECKING:
@@ -35,8 +41,9 @@ _Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
 def decode_step(model: CausalLM, cache: KVCache) -> Step:
     """A function from token ids ``(B, T)``, which it appends to ``cache``, to logits ``(B, T, V)``.
 
-    What the modules compute is computed without them, unless somebody watches them: hooks, or
-    ``fastlm.checked()``.  To be called under ``torch.inference_mode()``.
+    What the modules compute is computed without them, unless somebody watches them, by hooks or
+    ``fastlm.checked()``, or has put others in their place.  To be called under
+    ``torch.inference_mode()``.
     """
     step = functools.partial(_by_modules, model, cache)
     is_watched = _checked.is_on() or any(
@@ -47,7 +54,17 @@ def decode_step(model: CausalLM, cache: KVCache) -> Step:
     if cache.device.type == "cuda":
         return GraphedStep(step, cache)
     is_wide = cache.keys.dtype in (torch.float32, torch.float64)
-    return DirectStep(model, cache) if cache.device.type == "cpu" and is_wide else step
+    is_ours = type(model.model) is Decoder and all(map(_is_ours, model.model.layers))
+    serves = cache.device.type == "cpu" and is_wide and is_ours
+    return DirectStep(model, cache) if serves else step
+
+
+def _is_ours(block: nn.Module) -> bool:
+    return (
+        type(block) is Block
+        and type(block.self_attn) is CausalSelfAttention
+        and type(block.mlp) in (FeedForward, UngatedFeedForward)
+    )
 
 
 def _by_modules(model: CausalLM, cache: KVCache, tokens: Tensor) -> Tensor:
