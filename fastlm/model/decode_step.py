@@ -169,13 +169,11 @@ def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
     """A block that adds to the stream ``(B * T, C)`` in place."""
     attention, mlp = block.self_attn, block.mlp
     norm, mlp_norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-    q, k, v, o, up, down = (
+    q, k, v, up = (
         _product(module)
-        for module in (
-            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-            mlp.up_proj, mlp.down_proj,
-        )
-    )  # fmt: skip
+        for module in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.up_proj)
+    )
+    add_o, add_down = _addition(attention.o_proj), _addition(mlp.down_proj)
     gate = _product(mlp.gate_proj) if isinstance(mlp, FeedForward) else None
     activation = mlp.activation
     if isinstance(activation, str):
@@ -195,11 +193,11 @@ def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
         if q_norm is not None and k_norm is not None:
             query, key = q_norm(query), k_norm(key)
         out = attend(index, query, key, value, window)
-        stream.add_(o(out.reshape(len(stream), -1)))
+        add_o(stream, out.reshape(len(stream), -1))
         hidden = mlp_norm(stream)
         wide = up(hidden)
         wide = activation(wide) if gate is None else activation(gate(hidden)).mul_(wide)
-        stream.add_(down(wide))
+        add_down(stream, wide)
 
     return run
 
@@ -208,6 +206,14 @@ def _product(module: nn.Module) -> _Map:
     if type(module) is nn.Linear and module.weight.is_contiguous():
         return FewRows(module.weight, module.bias)
     return module
+
+
+def _addition(module: nn.Module) -> Callable[[Tensor, Tensor], object]:
+    """Adds the product of its second argument to the first, in place."""
+    product = _product(module)
+    if isinstance(product, FewRows):
+        return product.add_to
+    return lambda total, input: total.add_(product(input))
 
 
 def _norm(module: nn.Module) -> _Map:

@@ -198,8 +198,10 @@ class Generation:
 
     def _decoded(self) -> Tensor:
         """Logits ``(B, 1, V)`` after the last tokens; where one is none, any."""
-        self._remember(self._tokens[:, None], self._starts + self._steps - 1)
-        return self._step(self._tokens.clamp(min=0)[:, None])
+        tokens = self._tokens[:, None]
+        self._remember(tokens)
+        # ahead of the host, which would have seen that a row has no token
+        return self._step(tokens.clamp(min=0) if self._runs_ahead else tokens)
 
     def _verified(self) -> Tensor:
         """Logits ``(B, T, V)`` after the last tokens and after each guess that follows them."""
@@ -213,24 +215,24 @@ class Generation:
         # a short row is filled up with any tokens: what they draw is not looked at
         ids = [[last, *row, *[0] * (width - 1 - len(row))] for last, row in rows]
         inputs = torch.tensor(ids, device=self._tokens.device)
-        self._remember(inputs, self._starts + self._steps - 1)
+        self._remember(inputs)
         return self._step(inputs)
 
-    def _remember(self, ids: Tensor, start: Tensor) -> None:
-        """Write tokens ``(B, T)`` into the history, from ``start`` ``(B,)`` on."""
+    def _remember(self, ids: Tensor) -> None:
+        """Write tokens ``(B, T)``, of which the first was drawn last, into the history."""
         if self._history is not None:
-            places = start[:, None] + torch.arange(ids.shape[1], device=ids.device)
+            start = (self._starts + self._steps - 1)[:, None]
+            places = start + torch.arange(ids.shape[1], device=ids.device)
             self._history.scatter_(1, places.clamp(max=self._history.shape[1] - 1), ids)
 
     def _sampled(self, logits: Tensor) -> Tensor:
         """Tokens ``(B, T)``; at each place those before it count as drawn."""
-        drawn = [
-            self._sampler.draw(
-                logits[:, at], self._steps + at, self._history, self._starts + self._steps + at
-            )
-            for at in range(logits.shape[1])
-        ]
-        return torch.stack(drawn, dim=1)
+        drawn = []
+        for at in range(logits.shape[1]):
+            steps = self._steps + at if at else self._steps
+            lengths = None if self._history is None else self._starts + steps
+            drawn.append(self._sampler.draw(logits[:, at], steps, self._history, lengths))
+        return torch.stack(drawn, dim=1) if len(drawn) > 1 else drawn[0][:, None]
 
     def _told(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """``(B, T, 1 + ...)`` for one transfer: token, its log-probability, the most likely."""

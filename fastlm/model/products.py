@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # More rows than these are a matrix product that libraries divide among threads themselves.
@@ -25,7 +24,7 @@ class FewRows:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
+        self._transposed, self._bias = weight.t(), bias
         size, width = weight.shape
         blocks = torch.get_num_threads()
         self._blocks: Tensor | None = None
@@ -34,14 +33,19 @@ class FewRows:
 
     def __call__(self, input: Tensor) -> Tensor:
         """``(R, C)`` to ``(R, N)``."""
+        if self._blocks is None or input.shape[0] > MOST_ROWS:
+            # one call, where F.linear makes several
+            if self._bias is None:
+                return torch.mm(input, self._transposed)
+            return torch.addmm(self._bias, input, self._transposed)
         rows = input.shape[0]
-        if rows > MOST_ROWS:
-            return F.linear(input, self._weight, self._bias)
-        if self._blocks is not None:
-            columns = input.t().expand(self._blocks.shape[0], -1, rows)
-            out = torch.bmm(self._blocks, columns).view(-1, rows).t()
-        elif rows == 1:
-            out = torch.mv(self._weight, input[0])[None]
-        else:
-            return F.linear(input, self._weight, self._bias)
+        columns = input.t().expand(self._blocks.shape[0], -1, rows)
+        out = torch.bmm(self._blocks, columns).view(-1, rows).t()
         return out if self._bias is None else out + self._bias
+
+    def add_to(self, total: Tensor, input: Tensor) -> None:
+        """Add the product to ``total`` ``(R, N)``, in place."""
+        if self._blocks is None and self._bias is None:
+            torch.addmm(total, input, self._transposed, out=total)
+        else:
+            total.add_(self(input))
