@@ -47,7 +47,10 @@ def _small_splits():
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(x, marks=pytest.mark.slow if OPTIONS[x] else ()) for x in OPTIONS],
+)
 def test_every_option(device, backend, option):
     options = placed(OPTIONS.get(option, {}), device)
     judge(call(LENGTHS, 3, int8=True, device=device, **options), backend)

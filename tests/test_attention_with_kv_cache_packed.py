@@ -53,7 +53,13 @@ def rows(lengths=LENGTHS, counts=COUNTS, heads=4, kv_heads=1, device="cpu", **op
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in ("rotary", "reading") else ())
+        for x in OPTIONS
+    ],
+)
 def test_every_option(device, backend, option):
     judge(rows(device=device, **OPTIONS[option]).with_counts(COUNTS), backend)
 
