@@ -47,14 +47,21 @@ def _small_splits():
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(x, marks=pytest.mark.slow if OPTIONS[x] else ()) for x in OPTIONS],
+)
 def test_every_option(device, backend, option):
     options = placed(OPTIONS.get(option, {}), device)
     judge(call(LENGTHS, 3, int8=True, device=device, **options), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(x, marks=pytest.mark.slow if x == torch.float64 else ()) for x in DTYPES],
+    ids=str,
+)
 def test_all_options_in_any_dtype(device, backend, dtype):
     judge(call(LENGTHS, 3, dtype=dtype, device=device, **placed(ALL, device)), backend)
 
@@ -150,7 +157,7 @@ def test_error_of_storage(stored_as, least, most, device):
 # ---- rows depend on nothing else
 
 
-@pytest.mark.parametrize("page_size", [0, 7])
+@pytest.mark.parametrize("page_size", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_a_row_has_the_bits_it_has_alone(device, page_size):
     one = call(LENGTHS, 2, device=device, **placed(ALL, device) | {"page_size": page_size})
     out, lse, *_ = one("triton")
@@ -165,6 +172,7 @@ def test_pages_change_no_bit(device):
     assert_equal(one.whole()("triton")[:2], one("triton")[:2])
 
 
+@pytest.mark.slow
 def test_token_by_token_stores_what_a_chunk_stores(device):
     whole = call((0,), 4, device=device, rotary=16, capacity=4, int8=True)
     expected = whole("triton")
@@ -185,7 +193,7 @@ def test_token_by_token_stores_what_a_chunk_stores(device):
 # ---- which bytes are touched
 
 
-@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("name", [pytest.param("k_scale", marks=pytest.mark.slow), "v_scale"])
 def test_layout_changes_no_bit(device, name):
     one = call((7, 12), device=device, capacity=20, int8=True)
     expected = one("triton")
@@ -200,8 +208,8 @@ def test_layout_changes_no_bit(device, name):
 
 
 @interpreted_only
-@pytest.mark.parametrize("end", ["back", "front"])
-@pytest.mark.parametrize("page_size", [0, 7])
+@pytest.mark.parametrize("end", ["back", pytest.param("front", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page_size", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_nothing_outside_is_touched(end, page_size):
     one = call(
         (33, 0, 17), 3, value_dim=11, head_dim=13, capacity=36, page_size=page_size, rotary=8,

@@ -229,7 +229,7 @@ def test_lets_right_caches_pass_unchanged(dtype, backend, options, device):
 
 @pytest.mark.parametrize(("harm", "message"), [
     (lambda out, k, v: k[0, 37].mul_(1.01), r"argument k_cache of shape.*error .* allowed"),
-    (lambda out, k, v: v[2, 64, 0, 5].mul_(-1), r"argument v_cache.*\[2, 1, 0, 5\]"),
+    (lambda out, k, v: v[2, 64, 0, 5].mul_(-1), r"argument v_cache.*\[2, 64, 0, 5\]"),
     (lambda out, k, v: v[1, 0].fill_(torch.nan), "argument v_cache.*not finite"),
     (lambda out, k, v: k[0, :39].copy_(k[0, :39].roll(1, 0)), "argument k_cache"),
     (lambda out, k, v: k[2, 0, 0, 3].mul_(1 + 1e-6),

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,10 +114,14 @@ def run(
 def _compare_written(
     after: Tensor, before: Tensor, index: tuple[Tensor, ...], plain: Tensor, truth: Tensor
 ) -> Mismatch | None:
-    """What is new at ``index`` by the rule, all else bit for bit; ``before`` is overwritten."""
+    """What is new at ``index`` by the rule, all else bit for bit; ``before`` is overwritten.
+
+    ``index`` has a list of positions for each of the first dimensions.
+    """
     mismatch = compare(after[index], plain, truth)
     if mismatch is not None:
-        return mismatch
+        token, *channel = mismatch.index
+        return replace(mismatch, index=(*(int(x[token]) for x in index), *channel))
     before[index] = after[index]
     changed = (after != before) & ~(after.isnan() & before.isnan())
     return differing("written where it was not to be", changed, after, before)

@@ -30,6 +30,8 @@ Rows = tuple[tuple[int, Plan], ...]
 # Few queries wait for memory: several programs a multiprocessor, each with some loads under way.
 FEW: Rows = ((64, Plan(16, 128, 4, 2)), (128, Plan(16, 64, 4, 2)), (256, Plan(16, 32, 4, 2)))
 MANY: Rows = ((64, Plan(64, 64, 4, 2)), (128, Plan(64, 64, 4, 1)), (256, Plan(64, 32, 8, 1)))
+# Integers become floats in registers: with two stages sm_80 spills.
+MANY_INT8: Rows = ((64, Plan(64, 64, 4, 1)), *MANY[1:])
 # Head_dims that are no multiple of 16 bytes: elements are loaded one by one, and a thread has the
 # address of every row of a tile.
 RAGGED_FEW: Rows = ((64, Plan(16, 64, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
@@ -63,8 +65,10 @@ def plan(
         rows = WIDE
     elif is_ragged:
         rows = RAGGED_FEW if few else RAGGED_MANY
+    elif few:
+        rows = FEW
     else:
-        rows = FEW if few else MANY
+        rows = MANY_INT8 if stored == torch.int8 else MANY
     return next(row for limit, row in rows if max(head_dim, value_dim) <= limit)
 
 
