@@ -41,7 +41,13 @@ VARIANTS = [
     {"model_type": "mistral"},
     {"model_type": "mistral", "sliding_window": 7, "hidden_act": "gelu_new"},
     {**GPT2, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
-    {**GPT2, "hidden_act": "relu2", "intermediate_size": 128, "pad_token_id": 7},
+    {
+        **GPT2,
+        "hidden_act": "relu2",
+        "intermediate_size": 128,
+        "pad_token_id": 7,
+        "rms_norm_eps": 0.1,
+    },
 ]
 
 
@@ -56,10 +62,12 @@ def logits_of(model, ids):
 
 
 def assert_same_logits(model, theirs, ids):
-    """Ours are as close to ours in float64 as those of transformers are."""
+    """Ours and those of transformers are as close to ours in float64 as each other."""
     ours, usual = logits_of(model, ids), logits_of(theirs, ids)
     truth = logits_of(copy.deepcopy(model).double(), ids)
     assert_as_accurate("logits", ours, plain=usual, truth=truth)
+    # and the same function: the truth of another would have no fault with ours
+    assert_as_accurate("logits of transformers", usual, plain=ours, truth=truth)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -87,7 +95,7 @@ def test_we_read_what_transformers_writes(changes, ids, tmp_path):
     theirs.save_pretrained(tmp_path)
     model = fastlm.CausalLM.from_pretrained(tmp_path)
     assert_same_logits(model, theirs, ids)
-    assert model.config.rms_norm_eps == 1e-5
+    assert model.config.rms_norm_eps == changes.get("rms_norm_eps", 1e-5)
     assert model.config.rope_theta == 5000.0 or model.config.model_type == "gpt2"
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == model.config.tie_word_embeddings
