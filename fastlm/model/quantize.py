@@ -184,6 +184,4 @@ class QuantizedLinear(nn.Module):
 
 
 def _bytes(model: nn.Module) -> int:
-    """Of parameters and buffers; memory that two of them share counts once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -115,7 +115,8 @@ def int4_product(rows: Tensor, packed: Tensor, pairs: Tensor) -> Tensor:
     group_size = rows.shape[1] // len(pairs)
     if rows.device.type != "cpu":
         return torch._weight_int4pack_mm(_aligned(rows), packed, group_size, pairs)
-    if len(rows) <= MOST_ROWS[4]:
+    # the order that levels are packed in cannot be found out while code is compiled
+    if torch.compiler.is_compiling() or len(rows) <= MOST_ROWS[4]:
         return torch._weight_int4pack_mm_for_cpu(_aligned(rows), packed, group_size, pairs)
     return torch.mm(rows.float(), _float_columns(packed, pairs)).bfloat16()
 
@@ -194,7 +195,9 @@ def _rounded_up(x: Tensor) -> Tensor:
 
 def _aligned(rows: Tensor) -> Tensor:
     rows = rows.contiguous()
-    return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()
+    # compiled code aligns what it is given, and has no addresses while it is traced
+    is_aligned = torch.compiler.is_compiling() or rows.data_ptr() % _ALIGNMENT == 0
+    return rows if is_aligned else rows.clone()
 
 
 def _inner_tiles(width: int) -> int:
