@@ -122,8 +122,8 @@ def attention_with_kv_cache(
 
     Raises:
         ValueError: Shapes or devices do not match, a number is out of range, an input requires a
-            gradient while gradients are on, or lengths known on the host do not fit; nothing is
-            written then.
+            gradient while gradients are on, a cache is a view that negates, or lengths known on the
+            host do not fit; nothing is written then.
         TypeError: A dtype is not one of those above, or they differ.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
