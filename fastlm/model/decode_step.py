@@ -24,7 +24,7 @@ from fastlm.model.blocks import (
 )
 from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.kv_cache import KVCache
-from fastlm.model.products import FewRows
+from fastlm.model.products import FewRows, joined
 from fastlm.nn import CausalSelfAttention, RMSNorm
 from fastlm.ops import _checked
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Step = Callable[[Tensor], Tensor]
 # rows of vectors to rows of vectors
 _Map = Callable[[Tensor], Tensor]
-# of query, key and value, ``(B, T, heads, D)``, and the window
-_Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
+# of the heads of queries, keys and values side by side, ``(B, T, H + 2 G, D)``, and the window
+_Attend = Callable[[int, Tensor, int, int | None], Tensor]
 
 
 def decode_step(model: CausalLM, cache: KVCache) -> Step:
@@ -107,9 +107,10 @@ class DirectStep:
         return self._head(self._norm(stream)).view(batch, count, -1)
 
     def _attending(self) -> _Attend:
-        def attend(
-            layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
-        ) -> Tensor:
+        def attend(layer: int, heads: Tensor, kv_heads: int, window: int | None) -> Tensor:
+            query, key, value = heads.split(
+                (heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2
+            )
             return self._cache.attend(layer, query, key, value, window, rotary=self._tables)
 
         return attend
@@ -126,19 +127,22 @@ class DirectStep:
         views, at = self._heads_first, cache.length
         turn = None if self._turn is None else self._turn(at)
 
-        def attend(
-            layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
-        ) -> Tensor:
+        def attend(layer: int, heads: Tensor, kv_heads: int, window: int | None) -> Tensor:
+            # (B, H + 2 G, 1, D)
+            heads = heads.transpose(1, 2)
+            total = heads.shape[1]
+            value, turned = heads.narrow(1, total - kv_heads, kv_heads), heads
             if turn is not None:
-                query, key = query @ turn, key @ turn
+                turned = heads.narrow(1, 0, total - kv_heads) @ turn
+            query = turned.narrow(1, 0, total - 2 * kv_heads)
             keys, values = views[layer]
-            keys.select(2, at).copy_(key[:, 0])
-            values.select(2, at).copy_(value[:, 0])
+            keys.narrow(2, at, 1).copy_(turned.narrow(1, total - 2 * kv_heads, kv_heads))
+            values.narrow(2, at, 1).copy_(value)
             first = 0 if window is None else max(0, at + 1 - window)
             count = at + 1 - first
             out = F.scaled_dot_product_attention(
-                query.transpose(1, 2), keys.narrow(2, first, count),
-                values.narrow(2, first, count), enable_gqa=query.shape[2] != key.shape[2],
+                query, keys.narrow(2, first, count), values.narrow(2, first, count),
+                enable_gqa=total > 3 * kv_heads,
             )  # fmt: skip
             return out.transpose(1, 2)
 
@@ -169,37 +173,47 @@ def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
     """A block that adds to the stream ``(B * T, C)`` in place."""
     attention, mlp = block.self_attn, block.mlp
     norm, mlp_norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-    q, k, v, up = (
-        _product(module)
-        for module in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.up_proj)
-    )
+    qkv = _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
     add_o, add_down = _addition(attention.o_proj), _addition(mlp.down_proj)
-    gate = _product(mlp.gate_proj) if isinstance(mlp, FeedForward) else None
-    activation = mlp.activation
-    if isinstance(activation, str):
-        activation = ACTIVATION_FUNCTIONS[activation]
+    widen = _widening(mlp)
     q_norm = None if attention.q_norm is None else _norm(attention.q_norm)
     k_norm = None if attention.k_norm is None else _norm(attention.k_norm)
+    num_heads, kv_heads = attention.num_heads, attention.num_kv_heads
     head_dim, window = attention.head_dim, attention.window_size
 
     def run(stream: Tensor, batch: int, attend: _Attend) -> None:
-        hidden = norm(stream)
-        query, key, value = (
-            product(hidden).view(batch, -1, heads, head_dim)
-            for product, heads in (
-                (q, attention.num_heads), (k, attention.num_kv_heads), (v, attention.num_kv_heads),
-            )
-        )  # fmt: skip
+        heads = qkv(norm(stream)).view(batch, -1, num_heads + 2 * kv_heads, head_dim)
         if q_norm is not None and k_norm is not None:
-            query, key = q_norm(query), k_norm(key)
-        out = attend(index, query, key, value, window)
+            query, key, value = heads.split((num_heads, kv_heads, kv_heads), dim=2)
+            heads = torch.cat((q_norm(query), k_norm(key), value), dim=2)
+        out = attend(index, heads, kv_heads, window)
         add_o(stream, out.reshape(len(stream), -1))
-        hidden = mlp_norm(stream)
-        wide = up(hidden)
-        wide = activation(wide) if gate is None else activation(gate(hidden)).mul_(wide)
-        add_down(stream, wide)
+        add_down(stream, widen(mlp_norm(stream)))
 
     return run
+
+
+def _widening(mlp: nn.Module) -> _Map:
+    """The feed-forward layer before its last product."""
+    if isinstance(mlp, UngatedFeedForward):
+        up, activation = _product(mlp.up_proj), mlp.activation
+        return lambda hidden: activation(up(hidden))
+    assert isinstance(mlp, FeedForward)
+    activation = ACTIVATION_FUNCTIONS[mlp.activation]
+    both, inner = _side_by_side([mlp.gate_proj, mlp.up_proj]), mlp.gate_proj.out_features
+
+    def run(hidden: Tensor) -> Tensor:
+        wide = both(hidden)
+        return activation(wide.narrow(1, 0, inner)).mul_(wide.narrow(1, inner, inner))
+
+    return run
+
+
+def _side_by_side(modules: list[nn.Module]) -> _Map:
+    if all(type(module) is nn.Linear and module.weight.is_contiguous() for module in modules):
+        return joined(cast(list[nn.Linear], modules))
+    products = [_product(module) for module in modules]
+    return lambda input: torch.cat([product(input) for product in products], dim=-1)
 
 
 def _product(module: nn.Module) -> _Map:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # More rows than these are a matrix product that libraries divide among threads themselves.
 MOST_ROWS = 16
@@ -38,9 +40,12 @@ class FewRows:
             if self._bias is None:
                 return torch.mm(input, self._transposed)
             return torch.addmm(self._bias, input, self._transposed)
-        rows = input.shape[0]
-        columns = input.t().expand(self._blocks.shape[0], -1, rows)
-        out = torch.bmm(self._blocks, columns).view(-1, rows).t()
+        rows, blocks = input.shape[0], self._blocks.shape[0]
+        if rows == 1:
+            # fewer views of the same
+            out = torch.bmm(self._blocks, input.view(1, -1, 1).expand(blocks, -1, 1)).view(1, -1)
+        else:
+            out = torch.bmm(self._blocks, input.t().expand(blocks, -1, rows)).view(-1, rows).t()
         return out if self._bias is None else out + self._bias
 
     def add_to(self, total: Tensor, input: Tensor) -> None:
@@ -49,3 +54,23 @@ class FewRows:
             torch.addmm(total, input, self._transposed, out=total)
         else:
             total.add_(self(input))
+
+
+def joined(layers: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
+    """``(R, C)`` to the products of ``layers`` side by side, ``(R, N1 + N2 + ...)``.
+
+    Small weights are copied together: a call less for each is more than reading them takes.
+    """
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers]
+    if all(weight.numel() < _FEW_ELEMENTS for weight in weights):
+        missing = [bias is None for bias in biases]
+        bias = None
+        if not all(missing):
+            bias = torch.cat([
+                weight.new_zeros(len(weight)) if bias is None else bias
+                for weight, bias in zip(weights, biases, strict=True)
+            ])  # fmt: skip
+        return FewRows(torch.cat(weights), bias)
+    products = [FewRows(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return lambda input: torch.cat([product(input) for product in products], dim=-1)
