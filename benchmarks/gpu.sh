@@ -59,7 +59,7 @@ run_benchmark() {
 
 run_decode() {
   # transformers may be missing
-  "$python" -c 'import transformers' 2>/dev/null && peers= || peers="--only fastlm"
+  "$python" -c 'import transformers' 2>/dev/null && peers= || peers="--only fastlm fastlm.int8"
   "$python" benchmarks/decode.py --device cuda $peers --json "$out/decode.json"
 }
 
@@ -168,7 +168,7 @@ for name in $(pending); do
   save
   begun=$SECONDS code=0
   export python out limit fresh
-  export -f run_self_test run_tests run_benchmark
+  export -f run_self_test run_tests run_benchmark run_decode
   timeout --kill-after=10 "$limit" bash -euc "${commands[$name]}" 2>&1 | tee -a "$log" || code=$?
   took[$name]=$((SECONDS - begun))
   last=$(tail -n 1 "$log" | tr '\t' ' ' | cut -c1-100)

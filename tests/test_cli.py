@@ -129,7 +129,7 @@ def test_wrong_flags_are_one_line_and_code_2(argv, message, capsys):
 
 def test_generate_offers_what_the_python_api_does():
     flags = {name: p.default for name, p in inspect.signature(GenerateOptions).parameters.items()}
-    del flags["run"], flags["weights"]
+    del flags["run"], flags["weights"], flags["group_size"]
     api = inspect.signature(LanguageModel.generate).parameters
     assert list(flags) == [name for name in api if name != "self"]
     assert flags.pop("stop") == ()

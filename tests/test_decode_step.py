@@ -120,10 +120,50 @@ def test_whoever_watches_modules_sees_them():
     handle = model.model.norm.register_forward_hook(lambda *_: None)
     assert not isinstance(decode_step(model, cache), DirectStep)
     handle.remove()
-    other = copy.deepcopy(model)
-    other.model.layers[0].mlp = torch.nn.Identity()
-    assert not isinstance(decode_step(other, cache), DirectStep)
-    assert not isinstance(decode_step(model, model.bfloat16().new_cache(1, 8)), DirectStep)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not isinstance(decode_step(model, cache), DirectStep)
+        model.generate([[1, 2, 3]], 3)
+
+
+class Scaled(torch.nn.Embedding):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Shifted(fastlm.CausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        return out._replace(logits=out.logits.roll(1, -1))
+
+
+@pytest.mark.parametrize("place", ["mlp", "embedding", "model", "method", "norm", "linear"])
+@torch.inference_mode()
+def test_modules_of_others_decode_as_they_are(place):
+    model = tiny_model()
+    if place == "mlp":
+        model.model.layers[0].mlp = torch.nn.Identity()
+    elif place == "embedding":
+        weight = model.model.embed_tokens.weight
+        model.model.embed_tokens = Scaled.from_pretrained(weight)
+    elif place == "model":
+        model.__class__ = Shifted
+    elif place == "method":
+        model.model.layers[1].mlp.forward = lambda hidden: 3 * hidden
+    elif place == "norm":
+        model.model.norm = torch.nn.LayerNorm(32, elementwise_affine=False)
+        model.model.norm.forward = lambda x, residual: (x + residual, x)
+    else:
+        model.model.layers[0].self_attn.q_proj = torch.nn.Sequential(
+            model.model.layers[0].self_attn.q_proj, torch.nn.Tanh()
+        )
+    ids = model.generate([[1, 2, 3]], 8)
+    want = model(ids).logits[0, 2:-1].argmax(-1)
+    assert ids[0, 3:].tolist() == want.tolist()
+
+
+def test_narrow_models_decode_by_their_modules():
+    model = tiny_model().bfloat16()
+    assert not isinstance(decode_step(model, model.new_cache(1, 8)), DirectStep)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -156,7 +196,7 @@ def graphs(monkeypatch):
     """torch.cuda's part in a capture."""
 
     @contextlib.contextmanager
-    def captures(graph, pool):
+    def captures(graph, pool, stream):
         assert pool == "pool"
         Graph.captured += 1
         yield
@@ -166,6 +206,7 @@ def graphs(monkeypatch):
             pass
 
     for name, fake in {
+        "device": lambda device: contextlib.nullcontext(),
         "CUDAGraph": Graph, "graph": captures, "Stream": Stream, "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(), "graph_pool_handle": lambda: "pool",
     }.items():  # fmt: skip
@@ -212,6 +253,9 @@ def test_a_graph_serves_growing_lengths_and_rows_that_leave(graphs, monkeypatch)
             want = model(torch.tensor([text])).logits[0, -1]
             torch.testing.assert_close(got[row, 0], want)
         assert cache.lengths == [len(text) for text in texts] == cache.seqlens.tolist()
+        # those that have left stay where every position is one
+        bucket = min(1 << (len(kept) - 1).bit_length(), 5)
+        assert all(length <= 1 for length in step._whole.seqlens[len(kept) : bucket].tolist())
         buckets.append(Graph.captured)
     # five rows, four, three in the graph of four, two, one
     assert buckets == [1, 1, 2, 2, 3, 4, 4]

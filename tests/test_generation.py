@@ -57,9 +57,24 @@ def excused(model, got: list[int], want: list[int], start: int) -> int:
     return 1
 
 
+MODELS = {
+    "qwen3": {},
+    "window": {
+        "model_type": "qwen2", "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention"),
+    },
+    # its positions end where the longest prompt does, and all prompts together are longer
+    "gpt2": {
+        "model_type": "gpt2", "num_key_value_heads": 4, "head_dim": 8, "hidden_act": "gelu",
+        "max_position_embeddings": 35,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("rules", RULES)
-def test_a_ragged_batch_gives_each_prompt_the_tokens_it_gets_alone(rules, device):
-    model = tiny_model().to(device)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_ragged_batch_gives_each_prompt_the_tokens_it_gets_alone(name, rules, device):
+    model = tiny_model(**MODELS[name]).to(device)
     options = dict(RULES[rules])
     seed = options.pop("seed", None)
     batch = prompts()
@@ -116,6 +131,59 @@ def test_right_guesses_take_fewer_steps_and_rows_leave(guesses, device):
     assert [drawn.request for drawn in got if drawn.is_last] == [3, 1, 0]
     assert steps == (12 if guesses == 0 else 4)
     assert generation.step() == []
+
+
+class Ahead(Generation):
+    """Decodes before it reads, as on a GPU."""
+
+    def _start(self):
+        super()._start()
+        self._runs_ahead = True
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_running_ahead_of_the_host_changes_no_token(rules, device):
+    model = tiny_model().to(device)
+    options = dict(RULES[rules])
+    seed = options.pop("seed", None)
+    requests = [
+        Request(
+            prompt=tuple(prompt), max_new_tokens=count, sampling=Sampling(**options), seed=seed,
+            end_ids=(3, 5, 9),
+        )
+        for prompt, count in zip(prompts(), (12, 3, 1, 20, 7), strict=True)
+    ]  # fmt: skip
+    texts = []
+    for kind in (Generation, Ahead):
+        generation, drawn = kind(model, requests, num_top=2), []
+        while not generation.is_done:
+            drawn += generation.step()
+        assert sum(token.is_last for token in drawn) == len(requests)
+        texts.append([[t.token for t in drawn if t.request == n] for n in range(5)])
+    assert texts[0] == texts[1]
+
+
+def test_long_prompts_are_read_in_several_passes(device, monkeypatch):
+    model = tiny_model().to(device)
+    batch = prompts()
+    want = model.generate(batch, 5).tolist()
+    seen = []
+    monkeypatch.setattr("fastlm.model.prefill._MOST_TOKENS", 13)
+    handle = model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    got = model.generate(batch, 5).tolist()
+    handle.remove()
+    assert seen[:3] == [3 + 9 + 1, 20, 7]
+    differ = sum(excused(model, a, b, 1) for a, b in zip(got, want, strict=True))
+    assert differ <= 1
+
+
+def test_ids_that_no_model_has_are_named():
+    model = tiny_model()
+    for prompt in ([[1, 320]], [[-1]], torch.tensor([[320]])):
+        with pytest.raises(ValueError, match=r"input_ids must be in \[0, 320\), got"):
+            model.generate(prompt, 2)
+    with pytest.raises(ValueError, match="input_ids must be lists of token ids, got 1"):
+        model.generate([1, 2, 3], 2)
 
 
 def test_a_request_that_is_ended_leaves(device):
@@ -212,6 +280,9 @@ def test_stop_strings_and_tokens_end_one_text_and_not_the_others(lm, guesses):
         ({"seed": [1]}, "seed must be one for each of 2 prompts, got 1"),
         ({"logit_bias": {10**6: 1.0}}, "logit_bias must name tokens below"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be token ids below"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids must be token ids below"),
     ],
 )
 def test_wrong_options_are_named(lm, options, message):

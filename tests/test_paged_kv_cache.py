@@ -117,10 +117,31 @@ def test_wrong_sequences_are_named():
     with pytest.raises(ValueError, match=r"length must be in \[0, 0\], got 1"):
         cache.fork(sequence, 1)
     with pytest.raises(ValueError, match=r"length must be in \[0, 0\], got 5"):
-        cache.set_length(sequence, 5)
+        cache.truncate(sequence, 5)
+    with pytest.raises(ValueError, match=r"sequence must be one of \[0\], got 7"):
+        cache.reserve({sequence: 1, 7: 1})
+    with pytest.raises(ValueError, match="tokens must be at least 0, got -3"):
+        cache.reserve({sequence: -3})
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 0\], got 1"):
+        cache.advance({sequence: 1})
+    assert cache.pages(sequence) == () and cache.length(sequence) == 0
     for sizes in ({"num_pages": 0}, {"num_pages": 1, "page_size": 0}):
         with pytest.raises(ValueError, match="must be at least 1, got 0"):
             tiny_model().new_paged_cache(**sizes)
+
+
+@torch.inference_mode()
+def test_reserved_pages_stay_until_they_are_used(device):
+    model = tiny_model().to(device)
+    cache = model.new_paged_cache(8, 4)
+    sequence = cache.add()
+    cache.reserve({sequence: 20})
+    pages = cache.pages(sequence)
+    assert len(pages) == 5
+    model(torch.zeros(1, 6, dtype=torch.int64, device=device), cache=cache.rows([sequence]))
+    assert cache.pages(sequence) == pages and cache.length(sequence) == 6
+    cache.truncate(sequence, 5)
+    assert cache.pages(sequence) == pages[:2]
 
 
 class Pages(RuleBasedStateMachine):
@@ -156,7 +177,7 @@ class Pages(RuleBasedStateMachine):
                 mark = torch.full((1, 2, 16), float(self.count))
                 rows.store(0, *place, mark, mark)
                 self.held[sequence].append(self.count)
-        rows.set_lengths([len(self.held[sequence]) for sequence in sequences])
+        rows.advance(tokens[: len(sequences)])
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -166,11 +187,24 @@ class Pages(RuleBasedStateMachine):
         self.held[self.cache.fork(sequence, length)] = self.held[sequence][:length]
 
     @precondition(lambda self: self.held)
+    @rule(data=st.data(), tokens=st.integers(0, 7))
+    def reserve(self, data: st.DataObject, tokens: int) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.held)))
+        before = self.cache.pages(sequence)
+        try:
+            self.cache.reserve({sequence: tokens})
+        except ValueError:
+            assert self.cache.pages(sequence) == before
+            return
+        # what is reserved stays until it is used, truncated or freed
+        assert 3 * len(self.cache.pages(sequence)) >= len(self.held[sequence]) + tokens
+
+    @precondition(lambda self: self.held)
     @rule(data=st.data())
     def shrink(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.held)))
         length = data.draw(st.integers(0, len(self.held[sequence])))
-        self.cache.set_length(sequence, length)
+        self.cache.truncate(sequence, length)
         del self.held[sequence][length:]
 
     @precondition(lambda self: self.held)
@@ -184,7 +218,7 @@ class Pages(RuleBasedStateMachine):
     def everyone_holds_what_was_written(self) -> None:
         for sequence, marks in self.held.items():
             pages = list(self.cache.pages(sequence))
-            assert len(pages) == -(-len(marks) // 3)
+            assert len(pages) >= -(-len(marks) // 3)
             stored = self.cache.keys[0, pages, :, 0, 0].flatten()[: len(marks)]
             assert stored.tolist() == marks
         used = {page for sequence in self.held for page in self.cache.pages(sequence)}

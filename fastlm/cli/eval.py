@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from fastlm._errors import ArgumentError
 from fastlm.cli._flags import parse
 
 
@@ -30,6 +31,13 @@ class EvalOptions:
     json: bool = False
     """Print JSON instead of lines."""
 
+    def __post_init__(self) -> None:
+        # before the model is read
+        if self.group_size not in (32, 64, 128, 256):
+            raise ArgumentError(
+                f"eval: group_size must be 32, 64, 128 or 256, got {self.group_size}"
+            )
+
 
 def run(argv: Sequence[str]) -> int:
     options = parse(EvalOptions, "eval", argv)
@@ -38,7 +46,10 @@ def run(argv: Sequence[str]) -> int:
     from fastlm.inference.perplexity import exp, mean_loss
     from fastlm.model.quantize import WEIGHTS, quantize
 
-    text = options.text.read_text(encoding="utf-8")
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"eval: text must be UTF-8, {options.text} is not: {error}") from None
     lm = load(options.run)
     ids = lm.encode(text)
     loss = mean_loss(lm.model, ids, window=options.window)

@@ -52,6 +52,8 @@ class GenerateOptions:
     text but for rounding."""
     weights: Literal["float", "int8", "int4"] = "float"
     """Hold the weights in this many bits: less memory to read for each token."""
+    group_size: int = 128
+    """Of int4: how many inputs share a step; 32, 64, 128 or 256."""
 
     def __post_init__(self) -> None:
         # before the model is read; what torch need not judge is judged by generate itself
@@ -64,7 +66,9 @@ def run(argv: Sequence[str]) -> int:
     # here and not above: help needs no torch
     from fastlm.inference.language_model import load
 
-    model = load(options.pop("run"), weights=options.pop("weights"))
+    model = load(
+        options.pop("run"), weights=options.pop("weights"), group_size=options.pop("group_size")
+    )
     # checks its arguments at once, before there is output to mix with an error
     items = model.stream(**options)
     print(options["prompt"], end="", flush=True)

@@ -34,6 +34,8 @@ class NextOptions:
     """Print JSON instead of bars."""
     weights: Literal["float", "int8", "int4"] = "float"
     """Hold the weights in this many bits."""
+    group_size: int = 128
+    """Of int4: how many inputs share a step; 32, 64, 128 or 256."""
 
     def __post_init__(self) -> None:
         # before the model is read
@@ -46,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     # here and not above: help needs no torch
     from fastlm.inference.language_model import load
 
-    model = load(options.run, weights=options.weights)
+    model = load(options.run, weights=options.weights, group_size=options.group_size)
     found = model.next_token(options.prompt, options.top_k, options.temperature)
     if options.plot is not None:
         found.plot(options.plot)

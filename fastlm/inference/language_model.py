@@ -195,6 +195,8 @@ class LanguageModel:
         """
         if isinstance(prompts, str):
             raise ArgumentError(f"generate_batch: prompts must be several texts, got {prompts!r}")
+        if not (seed is None or isinstance(seed, int | Sequence)):
+            raise ArgumentError(f"generate_batch: seed must be a whole number, got {seed!r}")
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, logit_bias=logit_bias,
@@ -240,6 +242,15 @@ class LanguageModel:
         stop: str | Sequence[str] | None,
         stop_token_ids: Sequence[int],
     ) -> tuple[Request, Reader]:
+        vocab_size = self.model.config.vocab_size
+        whole = isinstance(stop_token_ids, Sequence) and all(
+            isinstance(token, int) and 0 <= token < vocab_size for token in stop_token_ids
+        )
+        if not whole:
+            raise ArgumentError(
+                f"generate: stop_token_ids must be token ids below {vocab_size}, "
+                f"got {stop_token_ids!r}"
+            )
         ids = self._prompt_ids(prompt)
         count = new_tokens(self.model, len(ids), max_new_tokens)
         request = Request(
@@ -329,6 +340,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     weights: str = "float",
+    group_size: int = 128,
 ) -> LanguageModel:
     """Read a model and its tokenizer.
 
@@ -339,6 +351,7 @@ def load(
         dtype: Of the weights; None for that of the file, on CPU float32, where narrower types are
             slower.
         weights: ``"float"``, or ``"int8"`` or ``"int4"``: see :func:`fastlm.quantize`.
+        group_size: Of int4: 32, 64, 128 or 256 inputs share a step.
 
     Raises:
         ModelFileError: Something is missing, damaged or not supported; the message says what.
@@ -362,7 +375,7 @@ def load(
         )
     bits = WEIGHTS[weights]
     if bits is not None:
-        quantize(model, bits)
+        quantize(model, bits, group_size=group_size)
     return LanguageModel(model, tokenizer)
 
 

@@ -176,8 +176,11 @@ class LearnedPositions(nn.Module):
         Raises:
             ValueError: The first positions go beyond the last.
         """
+        if positions is not None:
+            # of a cache, which has checked them
+            return self.weight[positions]
         _check_length(length, len(self.weight))
-        return self.weight[:length] if positions is None else self.weight[positions]
+        return self.weight[:length]
 
 
 class Rotary(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,29 +41,43 @@ _Attend = Callable[[int, Tensor, int, int | None], Tensor]
 def decode_step(model: CausalLM, cache: KVCache) -> Step:
     """A function from token ids ``(B, T)``, which it appends to ``cache``, to logits ``(B, T, V)``.
 
-    What the modules compute is computed without them, unless somebody watches them, by hooks or
+    Modules are called one by one where somebody watches them, by hooks, autocast or
     ``fastlm.checked()``, or has put others in their place.  To be called under
     ``torch.inference_mode()``.
     """
     step = functools.partial(_by_modules, model, cache)
-    is_watched = _checked.is_on() or any(
-        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
-    )
-    if is_watched:
+    device_type = cache.device.type
+    is_watched = _checked.is_on() or torch.is_autocast_enabled(device_type)
+    if is_watched or not _is_ours(model):
         return step
-    if cache.device.type == "cuda":
+    if device_type == "cuda":
         return GraphedStep(step, cache)
     is_wide = cache.keys.dtype in (torch.float32, torch.float64)
-    is_ours = type(model.model) is Decoder and all(map(_is_ours, model.model.layers))
-    serves = cache.device.type == "cpu" and is_wide and is_ours
-    return DirectStep(model, cache) if serves else step
+    return DirectStep(model, cache) if device_type == "cpu" and is_wide else step
 
 
-def _is_ours(block: nn.Module) -> bool:
+def _is_ours(model: CausalLM) -> bool:
+    """Whether the modules are those that the model was made of, or linear layers of others."""
+    # here and not above: that module needs this one
+    from fastlm.model.transformer import CausalLM
+
+    layers = list(model.model.layers)
+    kinds: dict[type, list[Any]] = {
+        CausalLM: [model],
+        Decoder: [model.model],
+        nn.Embedding: [model.model.embed_tokens],
+        Block: layers,
+        CausalSelfAttention: [getattr(block, "self_attn", None) for block in layers],
+    }
+    mlps = {type(getattr(block, "mlp", None)) for block in layers}
     return (
-        type(block) is Block
-        and type(block.self_attn) is CausalSelfAttention
-        and type(block.mlp) in (FeedForward, UngatedFeedForward)
+        all(type(module) is kind for kind, modules in kinds.items() for module in modules)
+        and mlps <= {FeedForward, UngatedFeedForward}
+        and model.model.embed_tokens.max_norm is None
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            for module in model.modules()
+        )
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,27 +133,24 @@ class Generation:
         if self._logits is None:
             self._logits = self._verified() if self._num_guesses else self._decoded()
         tokens = self._sampled(self._logits)
-        told = self._told(self._logits, tokens)
+        read = _sent(self._told(self._logits, tokens))
         self._logits = None
         if not self._num_guesses:
             self._tokens = tokens[:, 0]
             self._steps += 1
-            if self._runs_ahead:
-                # before the host waits for what it is to tell
+            if self._runs_ahead and not self._draws_last():
+                # while the host waits for what was drawn
                 self._logits = self._decoded()
-        return self._accepted(told.tolist())
+        return self._accepted(read())
 
     def _start(self) -> None:
         """Read the prompts, each once."""
-        self._has_started = True
         model, device = self._model, self._model.device
         requests = [self._requests[n] for n in self._rows]
         self._runs_ahead = device.type != "cpu" and not self._num_guesses
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        # the last token is never fed back, unless the loop runs ahead
-        room = longest if self._runs_ahead else longest - 1
         self._cache = model.new_cache(
-            len(requests), min(room, model.config.max_position_embeddings)
+            len(requests), min(longest, model.config.max_position_embeddings)
         )
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         sources = [prompts.index(request.prompt) for request in requests]
@@ -171,6 +168,11 @@ class Generation:
         self._last = [0] * len(requests)
         self._guesses: list[list[int]] = [[] for _ in requests]
         self._lookups = [PromptLookup(r.prompt) for r in requests] if self._num_guesses else []
+        self._has_started = True
+
+    def _draws_last(self) -> bool:
+        """Whether every row has just drawn all it was asked for."""
+        return all(self._counts[n] + 1 == self._requests[n].max_new_tokens for n in self._rows)
 
     def _drop_ended(self) -> None:
         """Let the rows of requests that have ended leave: the last ones take their places."""
@@ -273,6 +275,22 @@ class Generation:
             counts = [self._counts[n] for n in self._rows]
             self._steps = torch.tensor(counts, device=self._steps.device)
         return out
+
+
+def _sent(told: Tensor) -> Callable[[], list[list[list[float]]]]:
+    """Begin to copy to the host; a function that waits for it, and not for what comes after."""
+    if not told.is_cuda:
+        return told.tolist
+    copy = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
+    copy.copy_(told, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(told.device))
+
+    def read() -> list[list[list[float]]]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 def _drawn(request: int, token: int, rest: Sequence[float], is_last: bool) -> Drawn:

@@ -29,7 +29,8 @@ class GraphedStep:
     def __init__(self, step: Callable[[Tensor], Tensor], cache: KVCache) -> None:
         self._step, self._cache, self._whole = step, cache, cache.part(0, cache.batch)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(cache.device):
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         batch, count = tokens.shape
@@ -37,32 +38,37 @@ class GraphedStep:
             return self._step(tokens)
         self._cache.check_room(batch, 1)
         bucket = min(1 << (batch - 1).bit_length(), self._whole.batch)
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._captured(bucket)
-        graph, inputs, logits = self._graphs[bucket]
-        inputs[:batch].copy_(tokens)
-        # counts the token on the device; the host is told here
-        graph.replay()
+        # rows that have left stay where every position is one: those that are there are longer
+        self._whole.seqlens[batch:bucket].zero_()
+        # what follows is about the current device and its current stream
+        with torch.cuda.device(self._cache.device):
+            if bucket not in self._graphs:
+                self._graphs[bucket] = self._captured(bucket)
+            graph, inputs, logits = self._graphs[bucket]
+            inputs[:batch].copy_(tokens)
+            # counts the token on the device; the host is told here
+            graph.replay()
         self._cache.lengths = [length + 1 for length in self._cache.lengths]
         return logits[:batch]
 
     def _captured(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """Capture without a lasting trace: what is written to the cache is written again."""
-        cache, whole = self._cache, self._whole
+        cache = self._cache
         before = dict(vars(cache))
         lengths = [*cache.lengths, *[0] * (bucket - cache.batch)]
-        vars(cache).update(vars(whole.part(0, bucket)))
-        cache.set_lengths(lengths)
         inputs = torch.zeros((bucket, 1), dtype=torch.int64, device=cache.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._step(inputs)
-                cache.set_lengths(lengths)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._step(inputs)
-        vars(cache).update(before)
+        try:
+            vars(cache).update(vars(self._whole.part(0, bucket)))
+            cache.set_lengths(lengths)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    self._step(inputs)
+                    cache.set_lengths(lengths)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                logits = self._step(inputs)
+        finally:
+            vars(cache).update(before)
         return graph, inputs, logits

@@ -162,10 +162,14 @@ class KVCache:
         self.keys[layer, rows, positions] = key
         self.values[layer, rows, positions] = value
 
-    def advance(self, tokens: int) -> None:
-        """Count tokens that every layer has stored."""
-        self.lengths = [length + tokens for length in self.lengths]
-        self.seqlens.add_(tokens)
+    def advance(self, tokens: int | Sequence[int]) -> None:
+        """Count tokens that every layer has stored: as many of each row, or a number for each."""
+        if isinstance(tokens, int):
+            self.lengths = [length + tokens for length in self.lengths]
+            # on the device, so that a CUDA graph counts too
+            self.seqlens.add_(tokens)
+        else:
+            self.set_lengths([n + more for n, more in zip(self.lengths, tokens, strict=True)])
 
     def reset(self, length: int = 0) -> None:
         """Forget the tokens from ``length`` on, of every sequence.
@@ -226,7 +230,9 @@ class KVCache:
             targets, sources = zip(*moved, strict=True)
             longest = max(self.lengths[row] for row in sources)
             for cache in self._stored:
-                cache[:, list(targets), :longest] = cache[:, list(sources), :longest]
+                # a copy of the rows that move, of a layer at a time
+                for layer in cache:
+                    layer[list(targets), :longest] = layer[list(sources), :longest]
         lengths = [self.lengths[row] for row in rows]
         vars(self).update(vars(self.part(0, len(rows))))
         self.set_lengths(lengths)

@@ -103,10 +103,8 @@ class PagedKVCache:
         Raises:
             ValueError: There is no such sequence, or it is shorter.
         """
-        longest = self.length(sequence)
-        length = longest if length is None else length
-        if not 0 <= length <= longest:
-            raise ValueError(f"PagedKVCache: length must be in [0, {longest}], got {length}")
+        length = self.length(sequence) if length is None else length
+        self._check_length(sequence, length)
         pages = self._pages[sequence][: self._pages_for(length)]
         for page in pages:
             self._owners[page] += 1
@@ -114,18 +112,29 @@ class PagedKVCache:
         self._pages[new], self._lengths[new] = list(pages), length
         return new
 
-    def set_length(self, sequence: int, length: int) -> None:
-        """Say how many tokens are kept, or have been stored; pages behind them are given back.
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the tokens from ``length`` on; pages behind it are given back, reserved ones too.
+
+        Raises:
+            ValueError: There is no such sequence, or it is shorter.
+        """
+        self._check_length(sequence, length)
+        pages, keep = self._pages[sequence], self._pages_for(length)
+        self._give_back(pages[keep:])
+        self._pages[sequence], self._lengths[sequence] = pages[:keep], length
+
+    def advance(self, tokens: Mapping[int, int]) -> None:
+        """Count tokens that have been stored, of each sequence, where there was room reserved.
 
         Raises:
             ValueError: There is no such sequence, or its pages end before.
         """
-        room = len(self.pages(sequence)) * self.page_size
-        if not 0 <= length <= room:
-            raise ValueError(f"PagedKVCache: length must be in [0, {room}], got {length}")
-        pages, keep = self._pages[sequence], self._pages_for(length)
-        self._give_back(pages[keep:])
-        self._pages[sequence], self._lengths[sequence] = pages[:keep], length
+        for sequence, more in tokens.items():
+            room = len(self.pages(sequence)) * self.page_size - self._lengths[sequence]
+            if not 0 <= more <= room:
+                raise ValueError(f"PagedKVCache: tokens must be in [0, {room}], got {more}")
+        for sequence, more in tokens.items():
+            self._lengths[sequence] += more
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; pages that no other one has are free again.
@@ -152,13 +161,16 @@ class PagedKVCache:
             tokens: Sequence to how many more.
 
         Raises:
-            ValueError: There are too few free pages, or a sequence would be longer than the model's
-                context; nothing has changed then.
+            ValueError: There is no such sequence, too few pages are free, or a sequence would be
+                longer than the model's context; nothing has changed then.
         """
         owners = dict[int, int]()
         shared: list[tuple[int, int]] = []
         needed = 0
         for sequence, more in tokens.items():
+            self._check(sequence)
+            if more < 0:
+                raise ValueError(f"PagedKVCache: tokens must be at least 0, got {more}")
             length, pages = self._lengths[sequence], self._pages[sequence]
             if length + more > self._max_length:
                 raise ValueError(
@@ -211,6 +223,11 @@ class PagedKVCache:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
+
+    def _check_length(self, sequence: int, length: int) -> None:
+        longest = self.length(sequence)
+        if not 0 <= length <= longest:
+            raise ValueError(f"PagedKVCache: length must be in [0, {longest}], got {length}")
 
     def _check(self, sequence: int) -> None:
         if sequence not in self._lengths:
@@ -316,34 +333,7 @@ class PagedRows:
         self.cache.keys[layer, pages, positions % size] = key
         self.cache.values[layer, pages, positions % size] = value
 
-    def advance(self, tokens: int) -> None:
-        """Count tokens that every layer has stored."""
-        self.set_lengths([length + tokens for length in self.lengths])
-
-    def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens of each sequence are kept or have been stored.
-
-        Raises:
-            ValueError: Not one for each sequence, or one that its pages do not have.
-        """
-        if len(lengths) != self.batch:
-            raise ValueError(
-                f"PagedKVCache: lengths must be {self.batch} numbers, got {list(lengths)}"
-            )
-        for sequence, length in zip(self.sequences, lengths, strict=True):
-            self.cache.set_length(sequence, length)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep the rows ``rows``, in this order; the sequences of the others are freed.
-
-        Raises:
-            ValueError: A row is not there, or given twice.
-        """
-        if len(set(rows)) != len(rows) or not all(0 <= row < self.batch for row in rows):
-            raise ValueError(
-                f"PagedKVCache: rows must be different ones below {self.batch}, got {list(rows)}"
-            )
-        kept = tuple(self.sequences[row] for row in rows)
-        for sequence in set(self.sequences) - set(kept):
-            self.cache.free(sequence)
-        self.sequences = kept
+    def advance(self, tokens: int | Sequence[int]) -> None:
+        """Count tokens that every layer has stored: as many of each row, or a number for each."""
+        more = [tokens] * self.batch if isinstance(tokens, int) else tokens
+        self.cache.advance(dict(zip(self.sequences, more, strict=True)))

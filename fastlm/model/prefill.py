@@ -16,6 +16,10 @@ from fastlm.ops.rotary import apply_rotary
 if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
 
+# Read in one pass, which bounds the memory of what layers compute: as many as keep a GPU busy.  An
+# int8 cache takes a prompt at a time, since it is attention that rounds to it.
+_MOST_TOKENS = 16_384
+
 
 class PackedPrompts:
     """Prompts one behind the other, on their way into an empty cache.
@@ -60,7 +64,7 @@ class PackedPrompts:
         return cast(Tensor, out)
 
     def advance(self, tokens: int) -> None:
-        self._cache.set_lengths(self._lengths)
+        self._cache.advance(self._lengths)
 
 
 @torch.no_grad()
@@ -83,17 +87,33 @@ def prefill(
     if any(cache.lengths):
         raise ValueError(f"prefill: cache must be empty, got lengths {cache.lengths}")
     cache.check_room(len(prompts), lengths)
-    if len(set(lengths)) > 1 and cache.scales[0] is not None:
-        # what an int8 cache holds, attention rounds: a prompt after the other
-        parts = [cache.part(row, row + 1) for row in range(len(prompts))]
-        logits = [
-            prefill(model, [prompt], part) for prompt, part in zip(prompts, parts, strict=True)
-        ]
+    groups = _groups(lengths, 0 if cache.scales[0] is not None else _MOST_TOKENS)
+    logits = [_stored(model, prompts[start:end], cache.part(start, end)) for start, end in groups]
+    if isinstance(cache, KVCache):
+        # a part of it has lengths of its own
         cache.set_lengths(lengths)
-        return torch.cat(logits)
+    return torch.cat(logits)
+
+
+def _groups(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Where prompts that are read together begin and end: of at most ``most`` tokens, or one."""
+    groups, start, total = [], 0, 0
+    for row, length in enumerate(lengths):
+        if row > start and total + length > most:
+            groups.append((start, row))
+            start, total = row, 0
+        total += length
+    return [*groups, (start, len(lengths))]
+
+
+def _stored(
+    model: CausalLM, prompts: Sequence[Sequence[int]], cache: KVCache | PagedRows
+) -> Tensor:
+    lengths = [len(prompt) for prompt in prompts]
     if len(set(lengths)) == 1:
         ids = torch.tensor([list(prompt) for prompt in prompts], device=cache.device)
         return model(ids, cache=cache, logits_to_keep=1).logits[:, -1]
+    cache.check_room(len(prompts), lengths)
     packed = PackedPrompts(cache, lengths)
     ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=cache.device)
     hidden = model.model(ids, packed)

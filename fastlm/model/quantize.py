@@ -1,4 +1,4 @@
-"""Linear layers whose weights take a quarter or an eighth of the memory, for decoding."""
+"""Linear layers whose weights have 8 or 4 bits, for decoding."""
 
 from __future__ import annotations
 

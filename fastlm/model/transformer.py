@@ -169,7 +169,14 @@ class CausalLM(nn.Module):
             _check_ids(input_ids, "input_ids")
             dtype, prompts = input_ids.dtype, input_ids.tolist()
         else:
-            dtype, prompts = torch.int64, [list(prompt) for prompt in input_ids]
+            dtype, prompts = torch.int64, [_listed(prompt) for prompt in input_ids]
+        largest = max((max(prompt, default=0) for prompt in prompts), default=0)
+        smallest = min((min(prompt, default=0) for prompt in prompts), default=0)
+        if smallest < 0 or largest >= self.config.vocab_size:
+            raise ValueError(
+                f"generate: input_ids must be in [0, {self.config.vocab_size}), "
+                f"got {smallest if smallest < 0 else largest}"
+            )
         for name, value, least in (
             ("num_return_sequences", num_return_sequences, 1),
             ("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0),
@@ -319,6 +326,12 @@ class CausalLM(nn.Module):
         if num_items is None:
             return linear_cross_entropy(hidden, weight, targets)
         return linear_cross_entropy(hidden, weight, targets, reduction="sum") / num_items
+
+
+def _listed(prompt: Sequence[int]) -> list[int]:
+    if not (isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt)):
+        raise ValueError(f"generate: input_ids must be lists of token ids, got {prompt!r}")
+    return list(prompt)
 
 
 def _check_ids(ids: Tensor, name: str) -> tuple[int, int]:
