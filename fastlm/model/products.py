@@ -40,12 +40,10 @@ class FewRows:
             if self._bias is None:
                 return torch.mm(input, self._transposed)
             return torch.addmm(self._bias, input, self._transposed)
-        rows, blocks = input.shape[0], self._blocks.shape[0]
-        if rows == 1:
-            # fewer views of the same
-            out = torch.bmm(self._blocks, input.view(1, -1, 1).expand(blocks, -1, 1)).view(1, -1)
-        else:
-            out = torch.bmm(self._blocks, input.t().expand(blocks, -1, rows)).view(-1, rows).t()
+        rows = input.shape[0]
+        # transposed and not viewed as a column, whose strides send BLAS on a way three times longer
+        columns = input.t().expand(self._blocks.shape[0], -1, rows)
+        out = torch.bmm(self._blocks, columns).view(-1, rows).t()
         return out if self._bias is None else out + self._bias
 
     def add_to(self, total: Tensor, input: Tensor) -> None:
