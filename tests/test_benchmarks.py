@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,15 @@ def test_the_committed_tables_can_be_shown():
     titles = [line for line in done.stdout.splitlines() if line in files]
     assert titles == ["attention", "attention_options", "cross_entropy", "linear_cross_entropy"]
     assert max(map(len, done.stdout.splitlines())) < 250
+
+
+def test_every_stage_of_the_plan_finds_its_function():
+    script = GPU_SCRIPT.read_text()
+    plan = script.partition("<<'PLAN'\n")[2].partition("\nPLAN\n")[0]
+    named = {line.rpartition("| ")[2].split()[0] for line in plan.splitlines()}
+    exported = re.search(r"export -f (.+)", script)
+    assert named == set(exported[1].split())
+    assert all(f"\n{name}() {{" in script for name in named)
 
 
 @pytest.fixture

@@ -112,6 +112,15 @@ def test_heads_wider_than_the_kernels_take_are_decoded(device):
     assert excused(model, got[1, :7].tolist(), alone, 1) == 0
 
 
+def test_nothing_asked_for_is_nothing_done():
+    model = tiny_model()
+    for count in (0, 5):
+        request = Request(prompt=(1,), max_new_tokens=count, sampling=GREEDY)
+        generation = Generation(model, [request])
+        generation.end(0)
+        assert generation.is_done and generation.step() == []
+
+
 @pytest.mark.parametrize("guesses", [0, 3])
 def test_right_guesses_take_fewer_steps_and_rows_leave(guesses, device):
     model = tiny_model().to(device)

@@ -125,11 +125,11 @@ class Generation:
         Raises:
             FloatingPointError: The model's logits are not finite.
         """
+        if self.is_done:
+            return []
         if not self._has_started:
             self._start()
         self._drop_ended()
-        if not self._rows:
-            return []
         if self._logits is None:
             self._logits = self._verified() if self._num_guesses else self._decoded()
         tokens = self._sampled(self._logits)

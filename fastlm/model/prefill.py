@@ -16,8 +16,8 @@ from fastlm.ops.rotary import apply_rotary
 if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
 
-# Read in one pass, which bounds the memory of what layers compute: as many as keep a GPU busy.  An
-# int8 cache takes a prompt at a time, since it is attention that rounds to it.
+# Read in one pass, which bounds the memory of what layers compute.  An int8 cache takes a prompt at
+# a time, since it is attention that rounds to it.
 _MOST_TOKENS = 16_384
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 # More rows than these are a matrix product that libraries divide among threads themselves.
 MOST_ROWS = 16
-# Elements of a weight below which waking a second thread takes longer than it saves.
+# Elements of a weight below which it fits in the cache of a core, and is left to one thread.
 _FEW_ELEMENTS = 1 << 16
 
 
@@ -41,7 +41,7 @@ class FewRows:
                 return torch.mm(input, self._transposed)
             return torch.addmm(self._bias, input, self._transposed)
         rows = input.shape[0]
-        # transposed and not viewed as a column, whose strides send BLAS on a way three times longer
+        # transposed and not viewed as a column, with whose strides BLAS is far slower
         columns = input.t().expand(self._blocks.shape[0], -1, rows)
         out = torch.bmm(self._blocks, columns).view(-1, rows).t()
         return out if self._bias is None else out + self._bias
