@@ -29,16 +29,15 @@ Rows = tuple[tuple[int, Plan], ...]
 
 # Few queries wait for memory: several programs a multiprocessor, each with some loads under way.
 FEW: Rows = ((64, Plan(16, 128, 4, 2)), (128, Plan(16, 64, 4, 2)), (256, Plan(16, 32, 4, 2)))
-MANY: Rows = ((64, Plan(64, 64, 4, 2)), (128, Plan(64, 64, 4, 1)), (256, Plan(64, 32, 8, 1)))
-# Integers become floats in registers: with two stages sm_80 spills.
-MANY_INT8: Rows = ((64, Plan(64, 64, 4, 1)), *MANY[1:])
+MANY: Rows = ((64, Plan(64, 64, 4, 2)), (128, Plan(64, 64, 8, 1)), (256, Plan(64, 32, 8, 1)))
+# Integers become floats in registers: with two stages, or with 4 warps, some architecture spills.
+MANY_INT8: Rows = ((64, Plan(64, 64, 8, 1)), *MANY[1:])
 # Head_dims that are no multiple of 16 bytes: elements are loaded one by one, and a thread has the
 # address of every row of a tile.
 RAGGED_FEW: Rows = ((64, Plan(16, 64, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
 RAGGED_MANY: Rows = ((64, Plan(64, 32, 8, 1)), (128, Plan(32, 32, 8, 1)), (256, Plan(16, 16, 8, 1)))
-# without tensor cores; float64 is for tests
-WIDE: Rows = ((256, Plan(16, 16, 4, 1)),)
-FLOAT64: Rows = ((256, Plan(16, 16, 8, 1)),)
+# float32, and float64 for tests: without tensor cores
+WIDE: Rows = ((256, Plan(16, 16, 8, 1)),)
 
 APPEND = Plan(16, 0, 8, 1)
 COMBINE = Plan(16, 0, 4, 1)
@@ -59,9 +58,7 @@ def plan(
     """The row of ``decode``, for ``pairs`` queries and heads that share keys, ``stored`` so."""
     few = pairs <= FEW_PAIRS
     is_ragged = head_dim * stored.itemsize % 16 or value_dim * stored.itemsize % 16
-    if dtype == torch.float64:
-        rows = FLOAT64
-    elif dtype == torch.float32:
+    if dtype.itemsize >= 4:
         rows = WIDE
     elif is_ragged:
         rows = RAGGED_FEW if few else RAGGED_MANY

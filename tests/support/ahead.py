@@ -256,7 +256,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
 # two, in float32, with all options on, or on an architecture that borrows its rows.
 MOST_STACK = {
     "attention": 32,
-    "attention_with_kv_cache": 8,
+    "attention_with_kv_cache": 16,
     "cross_entropy": 0,
     "linear_cross_entropy": 64,
     "linear_top_k": 8,
