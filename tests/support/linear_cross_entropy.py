@@ -48,6 +48,37 @@ def inputs(
     return (*(t.to(device, dtype) for t in (x, weight, bias)), targets.to(device))
 
 
+def likely(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    classes: int = 2,
+    common: float = 0.0,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eight rows that leave a choice of some ``classes``; every second target is another.
+
+    Args:
+        dtype: Of all but the targets.
+        device: Of all.
+        classes: How many share the probability.
+        common: Length of a direction that the rows of the weight share; they are about 1 long.
+        seed: Other numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 16, generator=generator)
+    weight = torch.randn(200, 16, generator=generator) / 4.0
+    bias = torch.randn(200, generator=generator)
+    some = torch.randperm(200, generator=generator)[:classes]
+    bias[some] += 9.0
+    targets = some[torch.randint(classes, (8,), generator=generator)]
+    targets[::2] = torch.randint(200, (4,), generator=generator)
+    if common:
+        direction = torch.randn(16, generator=generator)
+        weight += common * direction / direction.norm()
+    return (*(t.to(device, dtype) for t in (x, weight, bias)), targets.to(device))
+
+
 def definition(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
 ) -> Tensor:
