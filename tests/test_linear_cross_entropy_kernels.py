@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.host_sync import no_host_sync
 from support.interpreter import interpreted_only, permuted_grid
 from support.linear_cross_entropy import (
+    assert_gives_back_what_is_lost,
     assert_same_bits,
     forced,
     gradient_of_chunk,
@@ -308,6 +309,7 @@ def _check() -> None:
                 judge(*arguments, backend="triton", reduction=reduction)
     x, weight, bias, targets = inputs(64, 8, 140, torch.bfloat16, ignored=0)
     judge(x, weight / 8, bias / 8, targets, backend="triton", reduction="sum")
+    assert_gives_back_what_is_lost(torch.bfloat16, 64)
     for dtype, seed in ((torch.bfloat16, 24), (torch.float16, 35)):
         with forced(block_v=64):
             judge(*likely(dtype, "cpu", seed=seed), backend="triton", reduction="sum")

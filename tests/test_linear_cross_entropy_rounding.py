@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from support.interpreter import interpreted_only
-from support.linear_cross_entropy import forced, inputs, judge, likely, plain_loss
-from torch import Tensor
+from support.linear_cross_entropy import (
+    assert_gives_back_what_is_lost,
+    forced,
+    inputs,
+    judge,
+    likely,
+    plain_loss,
+)
 
 from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels.linear_cross_entropy import chunk
@@ -33,39 +39,13 @@ def test_a_hundred_batches_of_likely_classes(dtype, classes, common, device):
         judge(*arguments, backend="triton", reduction="sum")
 
 
-def lost_by_definition(dlogits: Tensor, dtype: torch.dtype, targets: Tensor) -> tuple[Tensor, ...]:
-    """Of a wide gradient, at the target and at the largest of the others."""
-    lost = dlogits - dlogits.to(dtype).float()
-    at_target = lost.gather(1, targets[:, None])
-    others = lost.scatter(1, targets[:, None], 0.0)
-    column = others.abs().argmax(1, keepdim=True)
-    columns = torch.cat([targets[:, None], column], 1)
-    return columns, torch.cat([at_target, others.gather(1, column)], 1)
-
-
 @interpreted_only
 @pytest.mark.parametrize("block_v", [16, 256])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_gives_back_what_the_target_and_the_largest_other_lost(dtype, block_v):
-    x, weight, bias, targets = inputs(9, 5, 150, ignored=0)
-    logits = x @ weight.t()
-
-    def run(dtype):
-        rows = chunk.Rows.empty(x, 9, torch.float32, need_stats=False)
-        with forced(block_v=block_v):
-            return chunk.launch_gradient(
-                logits.clone(), Operand(dtype), targets, plain_loss(bias), Upstream(), rows,
-                lse_is_known=False,
-            )  # fmt: skip
-
-    exact, nothing = run(torch.float32)
-    assert nothing is None
-    rounded, lost = run(dtype)
-    assert torch.equal(rounded, exact.to(dtype))
-    want = lost_by_definition(exact, dtype, targets)
-    for got in (lost, eager._rounded(exact.clone(), targets[:, None], Operand(dtype))[1]):
-        assert all(map(torch.equal, got, want))
-    assert (want[1][:, 1] != 0).all()
+    exact, targets, want = assert_gives_back_what_is_lost(dtype, block_v)
+    _, got = eager._rounded(exact, targets[:, None], Operand(dtype))
+    assert all(map(torch.equal, got, want))
 
 
 @interpreted_only

@@ -134,6 +134,38 @@ def gradient_of_chunk(
     return rows.losses, rows.lse, dlogits
 
 
+def assert_gives_back_what_is_lost(
+    dtype: torch.dtype, block_v: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """That a gradient is the wide one rounded, with what that took at the target and elsewhere.
+
+    Returns the wide gradient, the targets, and what must be given back.
+    """
+    x, weight, bias, targets = inputs(9, 5, 150, ignored=0)
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        rows = chunk.Rows.empty(x, len(x), torch.float32, need_stats=False)
+        logits, operand = x @ weight.t(), Operand(dtype)
+        with forced(block_v=block_v):
+            return chunk.launch_gradient(
+                logits, operand, targets, plain_loss(bias), Upstream(), rows, lse_is_known=False
+            )
+
+    exact, nothing = run(torch.float32)
+    assert nothing is None
+    rounded, lost = run(dtype)
+    assert torch.equal(rounded, exact.to(dtype))
+    differences = exact - rounded.float()
+    at_target = differences.gather(1, targets[:, None])
+    differences.scatter_(1, targets[:, None], 0.0)
+    other = differences.abs().argmax(1, keepdim=True)
+    assert (differences.gather(1, other) != 0).all()
+    columns = torch.cat([targets[:, None], other], 1)
+    want = columns, torch.cat([at_target, differences.gather(1, other)], 1)
+    assert lost is not None and all(map(torch.equal, lost, want))
+    return exact, targets, want
+
+
 def run_kernel(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
     """Launch with what is ``given`` by name; nothing is asked for by the other arguments."""
     others = {"ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "logit_scale": 1.0,
