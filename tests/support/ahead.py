@@ -258,7 +258,7 @@ MOST_STACK = {
     "attention": 32,
     "attention_with_kv_cache": 8,
     "cross_entropy": 0,
-    "linear_cross_entropy": 8,
+    "linear_cross_entropy": 128,
     "linear_top_k": 8,
 }
 

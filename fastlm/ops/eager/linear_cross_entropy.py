@@ -315,8 +315,9 @@ def _plain_losses(z: Tensor, targets: Tensor) -> RowLosses:
     """
     torch.log_softmax(z, 1, out=z)
     losses = z.gather(1, targets).neg_()
-    maximum, log_sum, logprobs, entropy = (losses.new_empty(0, 1) for _ in range(4))
-    return RowLosses(losses, maximum, log_sum, logprobs, entropy, targets.new_empty(0, 1))
+    nothing = losses.new_empty(0, 1)
+    predictions = torch.empty_like(nothing, dtype=torch.int64)
+    return RowLosses(losses, nothing, nothing, nothing, nothing, predictions)
 
 
 def _together(
@@ -325,16 +326,13 @@ def _together(
     """What is known of each row; None where it was known before."""
     if not parts:
         return None
-    known = parts[0]
-    if len(parts) > 1:
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        known = RowLosses(*map(torch.cat, columns))
+    known = RowLosses(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
     lse = known.maximum + known.log_sum
     if ignored is not None and outside is not None:
         known.mask(ignored, outside)
         lse = lse.masked_fill_(ignored, 0.0) if lse.numel() else lse
-    shown = (known.losses, lse, known.logprobs, known.entropy, known.predictions)
-    losses, lse, logprobs, entropy, predictions = (x[:, 0] for x in shown)
+    columns = (known.losses, lse, known.logprobs, known.entropy, known.predictions)
+    losses, lse, logprobs, entropy, predictions = (x[:, 0] for x in columns)
     return losses, lse, logprobs, entropy, predictions
 
 
