@@ -105,7 +105,8 @@ class LinearGradients:
     """Gradients of a linear layer, gathered from chunks of the gradient of its output.
 
     The element of a row at its target is near -1 everywhere, so that its rounding to a narrow
-    operand would add up instead of cancelling; what it lost is added back in wide arithmetic.
+    operand would add up instead of cancelling, and that of a second likely class shows by itself;
+    what these two lost is added back in wide arithmetic.
 
     Attributes:
         dinput: ``(N, C)`` wide, or empty.
@@ -123,30 +124,29 @@ class LinearGradients:
         if input.shape[0] == 0:
             self.dweight.zero_()
 
-    def add(self, rows: slice, dlogits: Tensor, targets: Tensor, residuals: Tensor | None) -> None:
+    def add(self, rows: slice, dlogits: Tensor, lost: tuple[Tensor, Tensor] | None) -> None:
         """Take in one chunk.
 
         Args:
             rows: Which rows of the input these are.
             dlogits: ``(rows, V)`` in the dtype of the operand and times its scale.
-            targets: ``(rows,)`` in ``[0, V)``.
-            residuals: ``(rows,)`` wide: what rounding took from ``dlogits`` at the target, times
-                the scale; not read if the operand is wide.
+            lost: What rounding took from ``dlogits``, if it was rounded: ``(rows, k)`` columns, in
+                ``[0, V)``, and of each of these elements, wide, what to add.
         """
         x, alpha = self._input[rows], 1.0 / self._operand.scale
-        if self._operand.dtype == wide_dtype(x):
-            residuals = None
-        if residuals is not None:
-            residuals = (residuals * alpha)[:, None]
+        residuals: list[tuple[Tensor, Tensor]] = []
+        if lost is not None:
+            columns, values = lost
+            residuals = list(zip(columns.unbind(1), (values * alpha).split(1, 1), strict=True))
         if self._need_input:
             dinput = self.dinput[rows]
             matmul(dinput, dlogits, self._weight, alpha=alpha)
-            if residuals is not None:
-                dinput.addcmul_(self._weight[targets].to(dinput.dtype), residuals)
+            for column, residual in residuals:
+                dinput.addcmul_(self._weight[column], residual)
         if self._need_weight:
             matmul(self.dweight, dlogits.t(), x, accumulate=rows.start > 0, alpha=alpha)
-            if residuals is not None:
-                add_rows(self.dweight, targets, x.to(self.dweight.dtype) * residuals)
+            for column, residual in residuals:
+                add_rows(self.dweight, column, x * residual)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from support.host_sync import no_host_sync
 from support.interpreter import interpreted_only, permuted_grid
 from support.linear_cross_entropy import (
+    assert_gives_back_what_is_lost,
     assert_same_bits,
     forced,
     gradient_of_chunk,
     inputs,
     judge,
+    likely,
     ours,
     plain_loss,
     run_kernel,
@@ -90,7 +92,8 @@ def test_rows_may_be_far_apart(dtype):
     for out in (far, near):
         run_kernel(
             kernel.gradient_kernel, (3,), logits_ptr=logits, dlogits_ptr=out, targets_ptr=targets,
-            losses_ptr=torch.empty(3), lse_ptr=torch.empty(3), residuals_ptr=torch.empty(3),
+            losses_ptr=torch.empty(3), lse_ptr=torch.empty(3),
+            columns_ptr=torch.empty(3, 2, dtype=torch.int64), residuals_ptr=torch.empty(3, 2),
             stride_dlogits=out.stride(0), vocab_size=20, BLOCK_V=16,
         )  # fmt: skip
     assert torch.equal(far, near)
@@ -135,11 +138,13 @@ def test_logits_of_a_chunk_may_pass_2_31_elements():
     def gradient(logits, targets, losses, lse, exact):
         # in its own memory, since that of the logits would be written, half a gigabyte
         dlogits = torch.zeros(FAR, dtype=torch.bfloat16)
+        columns = torch.full((17, 2), -1)
         last_program(
             kernel.gradient_kernel, logits_ptr=logits, dlogits_ptr=dlogits, targets_ptr=targets,
-            lse_ptr=lse, residuals_ptr=torch.zeros(17), stride_dlogits=0, vocab_size=FAR,
-            LSE_IS_KNOWN=True, BLOCK_V=2**20,
+            lse_ptr=lse, columns_ptr=columns, residuals_ptr=torch.zeros(17, 2), stride_dlogits=0,
+            vocab_size=FAR, LSE_IS_KNOWN=True, BLOCK_V=2**20,
         )  # fmt: skip
+        assert columns[16].tolist() == [5, 0]
         assert dlogits[5].item() == pytest.approx(math.exp(1 - exact) - 1, rel=1e-2)
         assert dlogits[-1].item() == pytest.approx(math.exp(-exact), rel=1e-2)
 
@@ -269,7 +274,15 @@ MUTANTS = [
            "uniform = weight_sum * lse_above_origin - weighted",
            "uniform = vocab_size * lse_above_origin - weighted"),
     Mutant("the residual is forgotten", KERNEL,
-           "residual = dx_target - stored", "residual = dx_target - dx_target"),
+           "residual = dx_target - dx_target.to(dlogits_ptr.dtype.element_ty).to(ACC)",
+           "residual = dx_target - dx_target"),
+    Mutant("what a second likely class lost is forgotten", KERNEL,
+           "tl.store(residuals_ptr + 2 * row + 1, taken)",
+           "tl.store(residuals_ptr + 2 * row + 1, 0.0)"),
+    Mutant("what the target lost is given back twice", KERNEL,
+           "in_row & (cols != column) & (lost == lost)", "in_row & (lost == lost)"),
+    Mutant("the last block's loss is given back, not the row's largest", KERNEL,
+           "is_more = most > tl.abs(taken)", "is_more = most >= 0.0"),
     Mutant("the bias is not in the logit of the target", SHARED,
            "logit += tl.load(bias_ptr + target, mask=valid, other=0.0).to(ACC)",
            "logit += 0.0"),
@@ -296,6 +309,10 @@ def _check() -> None:
                 judge(*arguments, backend="triton", reduction=reduction)
     x, weight, bias, targets = inputs(64, 8, 140, torch.bfloat16, ignored=0)
     judge(x, weight / 8, bias / 8, targets, backend="triton", reduction="sum")
+    assert_gives_back_what_is_lost(torch.bfloat16, 64)
+    for dtype, seed in ((torch.bfloat16, 24), (torch.float16, 35)):
+        with forced(block_v=64):
+            judge(*likely(dtype, "cpu", seed=seed), backend="triton", reduction="sum")
     x, weight, bias, targets = (guarded(t) for t in inputs(7, 4, 37))
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     loss = ours(*leaves, targets, backend="triton")

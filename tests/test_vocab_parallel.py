@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -407,6 +408,35 @@ def refuses(name: str) -> None:
             {"linear_bias": [1.0]}, TypeError, "linear_bias must be a tensor, got list",
         ),
         "input in a list": ({"input": x.tolist()}, TypeError, "input must be a tensor, got list"),
+        "class weights in a list": (
+            {"weight": [1.0] * 20}, TypeError, "weight must be a tensor, got list",
+        ),
+        "integer class weights": (
+            {"weight": torch.ones(20).int()}, TypeError, "weight must be one of float32",
+        ),
+        "real targets": (
+            {"target": targets.float()}, TypeError, "target must be one of int64",
+        ),
+        "integer input": ({"input": x.int()}, TypeError, "input must be one of float32"),
+        "complex layer": (
+            {"linear_weight": matrix[here] + 0j}, TypeError, "linear_weight must be one of float32",
+        ),
+        "integer bias": (
+            {"linear_bias": bias[here].int()}, TypeError, "linear_bias must be one of float32",
+        ),
+        "part of a shift": ({"shift": 0.5}, TypeError, "shift must be an integer, got float"),
+        "real ignored class": (
+            {"ignore_index": 1.0}, TypeError, "ignore_index must be an integer, got float",
+        ),
+        "cap in a tensor": (
+            {"softcap": torch.ones(())}, TypeError, "softcap must be a number, got Tensor",
+        ),
+        "scale in text": ({"logit_scale": "1"}, TypeError, "logit_scale must be a number, got str"),
+        "smoothing in text": (
+            {"label_smoothing": "0"}, TypeError, "label_smoothing must be a number, got str",
+        ),
+        "z-loss in text": ({"z_loss": "0"}, TypeError, "z_loss must be a number, got str"),
+        "items in text": ({"num_items": "3"}, TypeError, "num_items must be an integer, got str"),
         "class weights of a shard": (
             {"weight": torch.ones(10)}, ValueError, r"weight must have shape \(20,\)",
         ),
@@ -418,11 +448,14 @@ def refuses(name: str) -> None:
     if isinstance(given["linear_weight"], DTensor) and "process_group" not in wrong:
         given["process_group"] = None
     calls = [fastlm.linear_cross_entropy]
-    if "weight" not in wrong:
+    if set(wrong) <= set(inspect.signature(fastlm.linear_logprobs).parameters):
         calls.append(fastlm.linear_logprobs)
     for call in calls:
-        with pytest.raises(error, match=f"^{call.__name__}: .*{message}"):
-            call(**given)
+        with pytest.MonkeyPatch.context() as patch:
+            if error is TypeError:
+                patch.setattr(dist, "all_gather", None)  # what any rank can see needs no other
+            with pytest.raises(error, match=f"^{call.__name__}: .*{message}"):
+                call(**given)
 
 
 WRONG = [
@@ -430,6 +463,9 @@ WRONG = [
     "two dimensions", "local bias", "bias elsewhere", "sharded input", "DTensor input alone",
     "uneven shards", "no classes", "other targets", "other inputs", "class weights of a shard",
     "bias of all classes", "targets in a list", "bias in a list", "input in a list",
+    "class weights in a list", "integer class weights", "real targets", "integer input",
+    "complex layer", "integer bias", "part of a shift", "real ignored class", "cap in a tensor",
+    "scale in text", "smoothing in text", "z-loss in text", "items in text",
 ]  # fmt: skip
 
 

@@ -78,8 +78,9 @@ TRITON = [
     Mutant("ignored rows have a loss", CHUNK,
            "masked_fill_(outside, torch.nan).masked_fill_(ignored, 0.0))\n    rows.lse",
            "masked_fill_(outside, torch.nan))\n    rows.lse"),
-    Mutant("residuals go to the row of the class's number", LAUNCH,
-           "(y - first_class if first_class else y)", "y"),
+    Mutant("residuals go to the row of the class's number", KERNEL,
+           "tl.minimum(tl.maximum(column, 0), vocab_size - 1)",
+           "tl.minimum(tl.maximum(target, 0), vocab_size - 1)"),
     Mutant("the sum of the weights is that of a rank", LAUNCH,
            "loss = Loss.of(known.lse, linear_bias, weight, *options, shard)\n    gradients",
            "loss = Loss.of(known.lse, linear_bias, weight[: shard.size] if shard is not None"

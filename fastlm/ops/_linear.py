@@ -10,7 +10,6 @@ from fastlm.ops._autocast import dtype_under_autocast
 from fastlm.ops._checks import (
     PLAIN,
     check_dtype,
-    check_integer,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -61,18 +60,17 @@ def check_linear_loss(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    reduction: str,
     group: str,
 ) -> torch.dtype:
     """Check the tensors, and return the dtype to compute in."""
-    if _is_usual_loss(input, linear_weight, target, linear_bias, reduction):
+    if _is_usual_loss(input, linear_weight, target, linear_bias):
         return input.dtype
-    check_loss_arguments(op, "input", input, target, reduction)
+    check_loss_arguments(op, "input", input, target)
     return check_linear(op, input, linear_weight, linear_bias, may_be_empty=group != "")
 
 
 def _is_usual_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, reduction: str
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None
 ) -> bool:
     """All of the checks in one look, without bias and autocast: one by one they take longer."""
     return (
@@ -80,7 +78,7 @@ def _is_usual_loss(
         and type(linear_weight) in PLAIN
         and linear_bias is None
         and not torch._C._is_any_autocast_enabled()
-        and is_usual_loss(input, target, reduction)
+        and is_usual_loss(input, target)
         and linear_weight.dim() == 2
         and linear_weight.shape[1] == input.shape[-1]
         and linear_weight.shape[0] > 0
@@ -92,7 +90,6 @@ def _is_usual_loss(
 
 def shifted(op: str, target: Tensor, shift: int, ignore_index: int) -> Tensor:
     """The target of each position; the last ``shift`` have none."""
-    check_integer(op, "shift", shift)
     if shift == 0:
         return target
     steps = target.shape[-1] if target.dim() > 0 else 0

@@ -10,7 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlm.kernels._shards import mark_of
-from fastlm.ops._checks import PLAIN, check_shape, check_tensor, check_that, is_distributed
+from fastlm.ops._checks import (
+    INDEX_DTYPES,
+    PLAIN,
+    check_dtype,
+    check_shape,
+    check_tensor,
+    check_that,
+    is_distributed,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -65,6 +73,10 @@ def sharded_loss(
         target = _replica(op, "target", target, matrix)
         weight = None if weight is None else _replica(op, "weight", weight, matrix)
     check_tensor(op, "target", target)
+    check_dtype(op, "target", target, INDEX_DTYPES)
+    if weight is not None:
+        check_tensor(op, "weight", weight)
+        check_dtype(op, "weight", weight)
     input, linear_weight, linear_bias, group, num_classes = sharded_layer(
         op, input, linear_weight, linear_bias, process_group, target=target
     )
@@ -82,7 +94,7 @@ def sharded_layer(
     """Check how the layer is split, and take the part of this process.
 
     An error that one rank alone raises leaves the others waiting for it, so these checks look at
-    what all ranks know, or, on CPU, ask them first.
+    what all ranks know, or, on CPU, ask them first; types are refused before.
 
     Args:
         op: Who asks.
@@ -116,9 +128,11 @@ def sharded_layer(
         check_shape(op, "linear_weight", linear_weight, ("V / ranks", "C"))
         group = process_group
         num_classes = linear_weight.shape[0] * dist.get_world_size(group)
-    check_tensor(op, "input", input)
-    if linear_bias is not None:
-        check_tensor(op, "linear_bias", linear_bias)
+    params = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    for name, x in params.items():
+        if x is not None:
+            check_tensor(op, name, x)
+            check_dtype(op, name, x)
     tensors = [input, linear_weight, *(x for x in shared.values() if isinstance(x, Tensor))]
     if not torch.compiler.is_compiling() and all(type(x) in PLAIN and x.is_cpu for x in tensors):
         _check_agreement(op, input, linear_weight, linear_bias, shared, group, num_classes)

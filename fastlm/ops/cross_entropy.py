@@ -141,12 +141,12 @@ def cross_entropy(
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
     op = "cross_entropy"
-    check_loss_arguments(op, "input", input, target, reduction)
+    check_loss_options(op, reduction, ignore_index, label_smoothing, softcap, logit_scale, z_loss)
+    check_loss_arguments(op, "input", input, target)
     vocab_size = input.shape[-1]
     check_that(op, "input", vocab_size > 0, "have at least one class", "V = 0")
-    check_loss_options(
-        op, input, vocab_size, weight, ignore_index, label_smoothing, softcap, logit_scale, z_loss
-    )
+    if weight is not None:
+        check_class_weight(op, weight, input, vocab_size)
     target = target.long()
     if weight is not None:
         weight = weight.to(torch.promote_types(input.dtype, torch.float32))
@@ -165,9 +165,9 @@ def cross_entropy(
     return loss, LossStats(logprobs, lse, entropy, predictions, sums.count())
 
 
-def check_loss_arguments(op: str, name: str, input: Tensor, target: Tensor, reduction: str) -> None:
-    """The checks that every loss shares."""
-    if is_usual_loss(input, target, reduction):
+def check_loss_arguments(op: str, name: str, input: Tensor, target: Tensor) -> None:
+    """The checks of tensors that every loss shares."""
+    if is_usual_loss(input, target):
         return
     check_tensor(op, name, input)
     check_tensor(op, "target", target)
@@ -176,10 +176,9 @@ def check_loss_arguments(op: str, name: str, input: Tensor, target: Tensor, redu
     check_that(op, name, input.dim() > 0, "have at least one dimension", "a scalar")
     check_shape(op, "target", target, input.shape[:-1], f"to match {name}")
     check_same_device(op, "target", target, name, input)
-    check_choice(op, "reduction", reduction, REDUCTIONS)
 
 
-def is_usual_loss(input: Tensor, target: Tensor, reduction: str) -> bool:
+def is_usual_loss(input: Tensor, target: Tensor) -> bool:
     """All of the checks in one look: one by one they take longer."""
     return (
         type(input) in PLAIN
@@ -190,38 +189,38 @@ def is_usual_loss(input: Tensor, target: Tensor, reduction: str) -> bool:
         and target.dtype in INDEX_DTYPES
         and target.device == input.device
         and input.layout == target.layout == torch.strided
-        and reduction in REDUCTIONS
     )
 
 
 def check_loss_options(
     op: str,
-    input: Tensor,
-    vocab_size: int,
-    weight: Tensor | None,
+    reduction: str,
     ignore_index: int,
     label_smoothing: float,
     softcap: float | None,
     logit_scale: float,
     z_loss: float,
 ) -> None:
-    """The checks of what every loss can be told."""
+    """The checks of what every loss can be told, but for class weights."""
+    check_choice(op, "reduction", reduction, REDUCTIONS)
     check_integer(op, "ignore_index", ignore_index)
     fits = -(2**63) <= ignore_index < 2**63
     check_that(op, "ignore_index", fits, "be in [-2**63, 2**63)", ignore_index)
-    if weight is not None:
-        check_tensor(op, "weight", weight)
-        check_dtype(op, "weight", weight)
-        check_shape(op, "weight", weight, (vocab_size,), "to match the classes")
-        check_same_device(op, "weight", weight, "input", input)
-        needs = torch.is_grad_enabled() and weight.requires_grad
-        check_that(op, "weight", not needs, "not require a gradient", "one that does")
     check_real(op, "label_smoothing", label_smoothing)
     fits = 0.0 <= label_smoothing <= 1.0
     check_that(op, "label_smoothing", fits, "be in [0, 1]", label_smoothing)
     check_transform(op, softcap, logit_scale)
     check_real(op, "z_loss", z_loss)
     check_that(op, "z_loss", 0.0 <= z_loss < math.inf, "be at least 0", z_loss)
+
+
+def check_class_weight(op: str, weight: Tensor, input: Tensor, vocab_size: int) -> None:
+    check_tensor(op, "weight", weight)
+    check_dtype(op, "weight", weight)
+    check_shape(op, "weight", weight, (vocab_size,), "to match the classes")
+    check_same_device(op, "weight", weight, "input", input)
+    needs = torch.is_grad_enabled() and weight.requires_grad
+    check_that(op, "weight", not needs, "not require a gradient", "one that does")
 
 
 def check_transform(op: str, softcap: float | None, logit_scale: float) -> None:

@@ -11,7 +11,12 @@ from fastlm.ops._checks import check_integer, check_that, is_distributed
 from fastlm.ops._linear import check_linear_loss, shifted
 from fastlm.ops._linear_loss import BACKENDS, Reduced, needs_gradient, per_position
 from fastlm.ops._shards import sharded_loss
-from fastlm.ops.cross_entropy import LossStats, LossSums, check_loss_options
+from fastlm.ops.cross_entropy import (
+    LossStats,
+    LossSums,
+    check_class_weight,
+    check_loss_options,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -148,21 +153,21 @@ def linear_cross_entropy(
             kernel the loss of that row becomes NaN instead, and with it the gradients it enters.
         NotImplementedError: ``backend`` cannot take these inputs; the message says why.
     """
+    check_loss_options(_OP, reduction, ignore_index, label_smoothing, softcap, logit_scale, z_loss)
+    check_integer(_OP, "shift", shift)
+    if num_items is not None:
+        num_items = _check_num_items(num_items, reduction)
     group = ""
     if process_group is not None or is_distributed(linear_weight):
         input, linear_weight, linear_bias, target, weight, group, vocab_size = sharded_loss(
             _OP, input, linear_weight, linear_bias, target, weight, process_group
         )
-    dtype = check_linear_loss(_OP, input, linear_weight, target, linear_bias, reduction, group)
+    dtype = check_linear_loss(_OP, input, linear_weight, target, linear_bias, group)
     if not group:
         vocab_size = linear_weight.shape[0]
-    check_loss_options(
-        _OP, input, vocab_size, weight, ignore_index, label_smoothing, softcap, logit_scale, z_loss
-    )
-    if num_items is not None:
-        num_items = _check_num_items(num_items, reduction)
     target = shifted(_OP, target.long(), shift, ignore_index)
     if weight is not None:
+        check_class_weight(_OP, weight, input, vocab_size)
         weight = weight.detach().to(torch.promote_types(dtype, torch.float32))
 
     sums = LossSums(target, weight, ignore_index, vocab_size, num_items)

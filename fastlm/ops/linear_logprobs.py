@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastlm.ops._checks import is_distributed
+from fastlm.ops._checks import check_integer, is_distributed
 from fastlm.ops._linear import check_linear_loss, shifted
 from fastlm.ops._linear_loss import needs_gradient, per_position
 from fastlm.ops._shards import sharded_loss
@@ -43,15 +43,16 @@ def linear_logprobs(
     Raises:
         The errors of :func:`linear_cross_entropy`.
     """
+    check_loss_options(_OP, "none", ignore_index, 0.0, softcap, logit_scale, 0.0)
+    check_integer(_OP, "shift", shift)
     group = ""
     if process_group is not None or is_distributed(linear_weight):
         input, linear_weight, linear_bias, target, _, group, vocab_size = sharded_loss(
             _OP, input, linear_weight, linear_bias, target, None, process_group
         )
-    dtype = check_linear_loss(_OP, input, linear_weight, target, linear_bias, "none", group)
+    dtype = check_linear_loss(_OP, input, linear_weight, target, linear_bias, group)
     if not group:
         vocab_size = linear_weight.shape[0]
-    check_loss_options(_OP, input, vocab_size, None, ignore_index, 0.0, softcap, logit_scale, 0.0)
     target = shifted(_OP, target.long(), shift, ignore_index)
     params = (input, linear_weight, linear_bias)
     options = (ignore_index, 0.0, softcap, logit_scale, False)

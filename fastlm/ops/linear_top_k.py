@@ -88,6 +88,7 @@ def linear_top_k(
             ``process_group`` is not one of this process.
     """
     check_integer(_OP, "k", k)
+    check_transform(_OP, softcap, logit_scale)
     group = ""
     if process_group is not None or is_distributed(linear_weight):
         input, linear_weight, linear_bias, group, vocab_size = sharded_layer(
@@ -97,7 +98,6 @@ def linear_top_k(
     check_dtype(_OP, "input", input)
     check_that(_OP, "input", input.dim() > 0, "have at least one dimension", "a scalar")
     dtype = check_linear(_OP, input, linear_weight, linear_bias, may_be_empty=group != "")
-    check_transform(_OP, softcap, logit_scale)
     if not group:
         vocab_size = linear_weight.shape[0]
     check_that(_OP, "k", 1 <= k <= vocab_size, f"be in [1, {vocab_size}]", k)

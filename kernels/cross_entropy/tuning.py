@@ -24,7 +24,7 @@ FORWARD = (
 )
 # With statistics or label smoothing a lane keeps more than twice as much in registers.
 FORWARD_WITH_SUMS = (
-    (1_024, Plan(block_v=1_024, num_warps=4)),
+    (1_024, Plan(block_v=1_024, num_warps=8)),
     (1 << 62, Plan(block_v=4_096, num_warps=16)),
 )
 BACKWARD = (

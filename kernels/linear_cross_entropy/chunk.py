@@ -154,7 +154,7 @@ def launch_shard(
     num_rows, vocab_size = logits.shape
     if vocab_size == 0:
         return
-    plan = tuning.plan("loss", vocab_size)
+    plan = tuning.plan("shard", vocab_size)
     bias, weight, _ = _vectors(loss, logits)
     launch(
         shard_kernel, (num_rows,),
@@ -174,14 +174,16 @@ def launch_gradient(
     rows: Rows,
     *,
     lse_is_known: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient over the memory of ``logits``, and what rounding took from it at the target.
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The gradient over the memory of ``logits``, and what rounding took from two elements a row.
 
-    Writes ``rows``, or reads their lse and entropy.
+    Both as :class:`LinearGradients` takes them.  Writes ``rows``, or reads their lse and entropy.
     """
     num_rows, vocab_size = logits.shape
     dlogits = logits.view(operand.dtype)[:, :vocab_size]
-    residuals = torch.empty_like(rows.lse)
+    is_rounded = operand.dtype != logits.dtype
+    lost_shape = (num_rows, 2 if is_rounded else 0)
+    columns, residuals = targets.new_zeros(lost_shape), logits.new_empty(lost_shape)
     need_stats = not lse_is_known and rows.entropy.numel() > 0
     flags = {**loss.flags, **_flags(upstream)}
     has_options = need_stats or any(flags[name] for name in _HEAVY)
@@ -189,13 +191,13 @@ def launch_gradient(
     launch(
         gradient_kernel, (num_rows,),
         logits, dlogits, *_vectors(loss, logits), targets, *_tensors(upstream, rows.lse),
-        rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions, residuals,
+        rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions, columns, residuals,
         dlogits.stride(0), vocab_size, *loss.classes(vocab_size), *loss.numbers,
         SCALE=operand.scale, HAS_BIAS=loss.bias is not None, **flags,
         LSE_IS_KNOWN=lse_is_known, NEED_STATS=need_stats, IS_SHARD=loss.shard is not None,
         ONE_BLOCK=vocab_size <= plan.block_v, **_shared(plan, logits),
     )  # fmt: skip
-    return dlogits, residuals
+    return dlogits, (columns, residuals) if is_rounded else None
 
 
 def launch_bias_gradient(

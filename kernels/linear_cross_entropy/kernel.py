@@ -15,7 +15,8 @@ maximum and sum per lane; and the gradient beside the loss, as in Hsu et al., 20
 https://arxiv.org/abs/2410.10989.  One program per row, but for the bias.
 
 dlogits may be narrower than the logits it overwrites.  Rows keep their place, so element v then
-lies in the bytes of logits v / 2: never ahead of what has been read.
+lies in the bytes of logits v / 2: never ahead of what has been read.  What the cast took from the
+target's element of a row, and from the one of the others that lost most, is kept wide.
 
 A row with an ignored target has loss, statistics and gradient zero; one with a target out of range,
 NaN, but for its lse and entropy.
@@ -40,8 +41,11 @@ from .._losses import (
 # that are no multiples of 16 bytes.  Of these a program reads one element.
 ROWS = ["rows"]
 PER_ROW = ["targets_ptr", "losses_ptr", "lse_ptr", "logprobs_ptr", "entropy_ptr", "predictions_ptr"]
-PER_ROW += ["residuals_ptr", "dlosses_ptr", "dlogprobs_ptr", "dlse_ptr", "dentropy_ptr"]
-PER_ROW += ["z_weight_ptr"]  # one of the others takes its place where it is not read
+PER_ROW += ["columns_ptr", "residuals_ptr", "dlosses_ptr", "dlogprobs_ptr", "dlse_ptr"]
+PER_ROW += [
+    "dentropy_ptr",
+    "z_weight_ptr",
+]  # one of the others takes its place where it is not read
 
 
 @triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)
@@ -150,7 +154,8 @@ def gradient_kernel(
     logprobs_ptr,  # (rows,) ACC, written if NEED_STATS, as the next two
     entropy_ptr,  # (rows,) ACC, read if HAS_DENTROPY
     predictions_ptr,  # (rows,) int64
-    residuals_ptr,  # (rows,) ACC: what the cast of dlogits took from its target element
+    columns_ptr,  # (rows, 2) int64: target, and another; written if dlogits is narrow, as the next
+    residuals_ptr,  # (rows, 2) ACC: what the cast of dlogits took from these elements
     stride_dlogits,
     vocab_size,  # of the logits here
     first_class,  # the class of the first of them
@@ -242,12 +247,10 @@ def gradient_kernel(
         HAS_SOFTCAP, SMOOTHED, HAS_DSTATS or HAS_Z, HAS_DENTROPY, ACC,
     )  # fmt: skip
     dx_target = tl.where(ignored, 0.0, dx_target)
-    stored = dx_target.to(dlogits_ptr.dtype.element_ty).to(ACC)
-    residual = dx_target - stored
-    if IS_SHARD:
-        residual = tl.where(is_here | (x_target != x_target), residual, 0.0)
-    tl.store(residuals_ptr + row, residual)
-    for start in range(0, vocab_size, BLOCK_V):
+    IS_NARROW: tl.constexpr = dlogits_ptr.dtype.element_ty != ACC
+    other, taken = tl.zeros((), tl.int64), tl.zeros((), ACC)
+    # known to be one step, the block need not stay in registers for another
+    for start in range(0, BLOCK_V if ONE_BLOCK else vocab_size, BLOCK_V):
         cols = start + lanes
         in_row = cols < vocab_size
         if not ONE_BLOCK:
@@ -268,7 +271,24 @@ def gradient_kernel(
         dx = tl.where(cols == column, dx_target, dx)
         # all warps have loaded this block before any of them overwrites it
         tl.debug_barrier()
-        tl.store(dlogits_ptr + cols, dx.to(dlogits_ptr.dtype.element_ty), mask=in_row)
+        stored = dx.to(dlogits_ptr.dtype.element_ty)
+        tl.store(dlogits_ptr + cols, stored, mask=in_row)
+        if IS_NARROW:
+            lost = dx - stored.to(ACC)
+            # the row of a NaN is NaN anyway, and a NaN here would hide where the largest is
+            lost = tl.where(in_row & (cols != column) & (lost == lost), lost, 0.0)
+            most, lane = tl.max(tl.abs(lost), 0, return_indices=True)
+            is_more = most > tl.abs(taken)
+            taken = tl.where(is_more, tl.sum(tl.where(lanes == lane, lost, 0.0), 0), taken)
+            other = tl.where(is_more, start + lane, other)
+    if IS_NARROW:
+        residual = dx_target - dx_target.to(dlogits_ptr.dtype.element_ty).to(ACC)
+        if IS_SHARD:
+            residual = tl.where(is_here | (x_target != x_target), residual, 0.0)
+        tl.store(columns_ptr + 2 * row, tl.minimum(tl.maximum(column, 0), vocab_size - 1))
+        tl.store(columns_ptr + 2 * row + 1, other)
+        tl.store(residuals_ptr + 2 * row, residual)
+        tl.store(residuals_ptr + 2 * row + 1, taken)
 
 
 @triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)

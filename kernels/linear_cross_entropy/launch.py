@@ -148,7 +148,7 @@ def _sweep(
     """The gradients of what comes in; writes ``known``, or reads its lse and entropy."""
     inputs, targets = input.reshape(-1, input.shape[-1]), _flat(target)
     vocab_size, shard = linear_weight.shape[0], loss.shard
-    first_class, num_classes = loss.classes(vocab_size)
+    _, num_classes = loss.classes(vocab_size)
     operand = tensor_core_operand(input, num_classes)
     upstream, factor = upstream.within_float16(
         operand, targets == loss.ignore_index, loss.weight, loss.logit_scale, num_classes
@@ -165,12 +165,10 @@ def _sweep(
             continue
         if need_bias:
             launch_bias_gradient(logits, y, loss, dchunk, chunk, dbias)
-        dlogits, residuals = launch_gradient(
+        dlogits, lost = launch_gradient(
             logits, operand, y, loss, dchunk, chunk, lse_is_known=lse_is_known or loss_comes_first
         )
-        # the residual is zero where the target is ignored, NaN where it is out of range
-        columns = (y - first_class if first_class else y).clamp(0, vocab_size - 1)
-        linear.add(rows, dlogits, columns, residuals)
+        linear.add(rows, dlogits, lost)
     if shard is not None and need_input:
         if vocab_size == 0:
             linear.dinput.zero_()

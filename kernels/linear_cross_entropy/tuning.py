@@ -21,6 +21,11 @@ LOSS = (
     (1_024, Plan(block_v=1_024, num_warps=4)),
     (1 << 62, Plan(block_v=4_096, num_warps=16)),
 )
+# Six numbers a lane: in 16 warps, of 128 registers a thread, they would spill.
+SHARD = (
+    (1_024, Plan(block_v=1_024, num_warps=4)),
+    (1 << 62, Plan(block_v=2_048, num_warps=8)),
+)
 # Up to 16,384 a row is one block and stays in registers between its two passes.
 GRADIENT = (
     (1_024, Plan(block_v=1_024, num_warps=4)),
@@ -31,10 +36,17 @@ GRADIENT = (
 )
 # Options keep more in registers; above 8,192 classes a row is then read twice.
 GRADIENT_WITH_OPTIONS = (
-    *GRADIENT[:3],
+    (1_024, Plan(block_v=1_024, num_warps=8)),
+    (4_096, Plan(block_v=4_096, num_warps=16)),
+    (8_192, Plan(block_v=8_192, num_warps=8)),
     (1 << 62, Plan(block_v=4_096, num_warps=16)),
 )
-TABLES = {"loss": LOSS, "gradient": GRADIENT, "gradient with options": GRADIENT_WITH_OPTIONS}
+TABLES = {
+    "loss": LOSS,
+    "shard": SHARD,
+    "gradient": GRADIENT,
+    "gradient with options": GRADIENT_WITH_OPTIONS,
+}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,37 @@ def inputs(
     return (*(t.to(device, dtype) for t in (x, weight, bias)), targets.to(device))
 
 
+def likely(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    classes: int = 2,
+    common: float = 0.0,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eight rows that leave a choice of some ``classes``; every second target is another.
+
+    Args:
+        dtype: Of all but the targets.
+        device: Of all.
+        classes: How many share the probability.
+        common: Length of a direction that the rows of the weight share; they are about 1 long.
+        seed: Other numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 16, generator=generator)
+    weight = torch.randn(200, 16, generator=generator) / 4.0
+    bias = torch.randn(200, generator=generator)
+    some = torch.randperm(200, generator=generator)[:classes]
+    bias[some] += 9.0
+    targets = some[torch.randint(classes, (8,), generator=generator)]
+    targets[::2] = torch.randint(200, (4,), generator=generator)
+    if common:
+        direction = torch.randn(16, generator=generator)
+        weight += common * direction / direction.norm()
+    return (*(t.to(device, dtype) for t in (x, weight, bias)), targets.to(device))
+
+
 def definition(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
 ) -> Tensor:
@@ -101,6 +132,38 @@ def gradient_of_chunk(
         logits, operand, targets, plain_loss(bias), Upstream(), rows, lse_is_known=False
     )
     return rows.losses, rows.lse, dlogits
+
+
+def assert_gives_back_what_is_lost(
+    dtype: torch.dtype, block_v: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """That a gradient is the wide one rounded, with what that took at the target and elsewhere.
+
+    Returns the wide gradient, the targets, and what must be given back.
+    """
+    x, weight, bias, targets = inputs(9, 5, 150, ignored=0)
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        rows = chunk.Rows.empty(x, len(x), torch.float32, need_stats=False)
+        logits, operand = x @ weight.t(), Operand(dtype)
+        with forced(block_v=block_v):
+            return chunk.launch_gradient(
+                logits, operand, targets, plain_loss(bias), Upstream(), rows, lse_is_known=False
+            )
+
+    exact, nothing = run(torch.float32)
+    assert nothing is None
+    rounded, lost = run(dtype)
+    assert torch.equal(rounded, exact.to(dtype))
+    differences = exact - rounded.float()
+    at_target = differences.gather(1, targets[:, None])
+    differences.scatter_(1, targets[:, None], 0.0)
+    other = differences.abs().argmax(1, keepdim=True)
+    assert (differences.gather(1, other) != 0).all()
+    columns = torch.cat([targets[:, None], other], 1)
+    want = columns, torch.cat([at_target, differences.gather(1, other)], 1)
+    assert lost is not None and all(map(torch.equal, lost, want))
+    return exact, targets, want
 
 
 def run_kernel(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:

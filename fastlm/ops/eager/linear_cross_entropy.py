@@ -282,8 +282,7 @@ def _sweep(
             write_gradient(z, z, (chunk_lse,), columns[rows], factors, skipped, options_here)
         if need_bias:
             dbias += z.sum(0)
-        dlogits, residuals = _rounded(z, columns[rows], operand)
-        linear.add(rows, dlogits, columns[rows, 0], residuals)
+        linear.add(rows, *_rounded(z, columns[rows], operand))
     if shard is not None and need_input:
         if vocab_size == 0:
             linear.dinput.zero_()
@@ -337,14 +336,20 @@ def _together(
     return losses, lse, logprobs, entropy, predictions
 
 
-def _rounded(dlogits: Tensor, targets: Tensor, operand: Operand) -> tuple[Tensor, Tensor | None]:
-    """``dlogits`` as the products take it, and what rounding took from it at the targets."""
+def _rounded(
+    dlogits: Tensor, targets: Tensor, operand: Operand
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """``dlogits`` as :class:`LinearGradients` takes them, which may use up their memory."""
     if operand.dtype == dlogits.dtype:
         return dlogits, None
-    dlogits.mul_(operand.scale)
-    rounded = dlogits.to(operand.dtype)
-    residuals = dlogits.gather(1, targets) - rounded.gather(1, targets).to(dlogits.dtype)
-    return rounded, residuals[:, 0]
+    rounded = dlogits.mul_(operand.scale).to(operand.dtype)
+    lost = dlogits.sub_(rounded)
+    at_target = lost.gather(1, targets)
+    lost.scatter_(1, targets, 0.0)
+    most, least = lost.max(1, keepdim=True), lost.min(1, keepdim=True)
+    others = torch.where(most.values >= -least.values, most.indices, least.indices)
+    columns = torch.cat([targets, others], 1)
+    return rounded, (columns, torch.cat([at_target, lost.gather(1, others)], 1))
 
 
 def forward_refuses(*args: object) -> None:
