@@ -42,10 +42,8 @@ from .._losses import (
 ROWS = ["rows"]
 PER_ROW = ["targets_ptr", "losses_ptr", "lse_ptr", "logprobs_ptr", "entropy_ptr", "predictions_ptr"]
 PER_ROW += ["columns_ptr", "residuals_ptr", "dlosses_ptr", "dlogprobs_ptr", "dlse_ptr"]
-PER_ROW += [
-    "dentropy_ptr",
-    "z_weight_ptr",
-]  # one of the others takes its place where it is not read
+# one of the others takes the last one's place where it is not read
+PER_ROW += ["dentropy_ptr", "z_weight_ptr"]
 
 
 @triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=PER_ROW)
