@@ -122,10 +122,15 @@ def _generated(model: Any, cache: str, prompts: Tensor, new_tokens: int) -> obje
 def _products(model: fastlm.CausalLM, prompts: Tensor, new_tokens: int) -> None:
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.randn(len(prompts), weight.shape[1]) for weight in weights]
-    products = [FewRows(weight) for weight in weights]
+    outs = [torch.empty(len(prompts), weight.shape[0]) for weight in weights]
+    calls = [
+        call
+        for weight, x, out in zip(weights, inputs, outs, strict=True)
+        for call in FewRows(weight).into(x, out)
+    ]
     for _ in range(new_tokens):
-        for product, x in zip(products, inputs, strict=True):
-            product(x)
+        for call in calls:
+            call()
 
 
 def measure(

@@ -52,7 +52,7 @@ def stepped(model, lengths, make):
     prefill(model, prompts, cache)
     step = make(model, cache)
     ids = torch.randint(320, (len(lengths), 4), generator=generator)
-    parts = [step(part) for part in ids.split((1, 1, 2), dim=1)]
+    parts = [step(part).clone() for part in ids.split((1, 1, 2), dim=1)]
     assert cache.lengths == [length + 4 for length in lengths] == cache.seqlens.tolist()
     return torch.cat(parts, 1)
 
@@ -174,12 +174,18 @@ def test_products_of_few_rows_are_as_accurate_as_one_product(size, count, rows, 
     weight, x = torch.randn(size, 40), torch.randn(rows, 40)
     vector = torch.randn(size) if bias else None
     with threads(count):
-        got = FewRows(weight, vector)(x)
+        product = FewRows(weight, vector)
+        got, total = torch.full((rows, size), torch.nan), torch.randn(rows, size)
+        calls = [*product.into(x, got), *product.added(x, total)]
+    before = total.clone()
+    for call in calls:
+        call()
     plain = torch.nn.functional.linear(x, weight, vector)
     truth = torch.nn.functional.linear(
         x.double(), weight.double(), None if vector is None else vector.double()
     )
     assert_as_accurate("product", got, plain=plain, truth=truth)
+    assert_as_accurate("sum", total, plain=before + plain, truth=before + truth)
 
 
 class Graph:
