@@ -204,6 +204,27 @@ def test_without_a_template_text_is_continued(plain, chat):
     assert out == f"{first}\n{second}\n"
 
 
+def test_a_model_that_breaks_ends_its_answer_and_not_the_program(folder, chat, monkeypatch):
+    stream = LanguageModel.stream
+
+    def broken(self, prompt, *args, **options):
+        items = stream(self, prompt, *args, **options)
+        if "sat" not in prompt:
+            return items
+        raise_ = FloatingPointError("generate: the model's logits are not finite")
+        return itertools.chain(itertools.islice(items, 1), raising(raise_))
+
+    monkeypatch.setattr(LanguageModel, "stream", broken)
+    out, err = chat(folder, "sat\n/reset\nthe cat\n")
+    assert out.endswith(expected(folder, ["the cat"])) and out.count("\n") > 1
+    assert err.count("the model's logits are not finite") == 1
+
+
+def raising(error):
+    raise error
+    yield
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_program(folder, chat, monkeypatch):
     stream, calls = LanguageModel.stream, []
 

@@ -265,6 +265,28 @@ def test_a_batch_of_texts_is_what_each_text_gives(lm):
     )
 
 
+class Broken(Generation):
+    """The second request's logits are not finite after its third token."""
+
+    def _sampled(self, logits):
+        if 1 in self._rows and self._counts[1] == 3:
+            logits[self._rows.index(1)] = torch.nan
+        return super()._sampled(logits)
+
+
+@pytest.mark.parametrize("guesses", [0, 4])
+def test_a_row_without_finite_logits_ends_alone(lm, guesses, monkeypatch):
+    texts = ["the cat", "on the mat, then", "sat"]
+    options = {"temperature": 1.0, "seed": 9, "prompt_lookup_num_tokens": guesses}
+    whole = lm.generate_batch(texts, 12, **options)
+    monkeypatch.setattr("fastlm.inference.language_model.Generation", Broken)
+    got = lm.generate_batch(texts, 12, **options)
+    assert got[0] == whole[0] and got[2] == whole[2]
+    assert got[1].finish == "error" and got[1].ids == whole[1].ids[:3]
+    # no character is lost, whether whole or not
+    assert got[1].text == lm.decode(got[1].ids)
+
+
 @pytest.mark.parametrize("guesses", [0, 4])
 def test_stop_strings_and_tokens_end_one_text_and_not_the_others(lm, guesses):
     texts = ["the cat", "on the mat"]

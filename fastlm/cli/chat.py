@@ -46,8 +46,8 @@ class ChatOptions:
     max_new_tokens: int = 512
     """At most this many tokens in an answer."""
     temperature: float | None = None
-    """0 takes the most likely token each time, more makes it bolder. None: 0, or 1 with one of the
-    next three."""
+    """0 takes the most likely token each time, more makes it bolder. None, as for the next four:
+    what the model's generation_config.json says; else 0, or 1 with one of the next three."""
     top_k: int | None = None
     """Draw from the k most likely tokens."""
     top_p: float | None = None
@@ -142,6 +142,9 @@ def _answer(question: str, options: ChatOptions, conversation: Conversation) -> 
     except KeyboardInterrupt:
         print(flush=True)
         _say("stopped")
+    except FloatingPointError as error:
+        print(flush=True)
+        _say(str(error))
     for item in tokens:
         if item.top_logprobs:
             others = (f"{conversation.shown(n)} {math.exp(p):.1%}" for n, p in item.top_logprobs)

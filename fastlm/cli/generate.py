@@ -29,8 +29,8 @@ class GenerateOptions:
     max_new_tokens: int = 128
     """At most this many tokens."""
     temperature: float | None = None
-    """0 takes the most likely token each time, more makes it bolder. None: 0, or 1 with one of the
-    next three."""
+    """0 takes the most likely token each time, more makes it bolder. None, as for the next four:
+    what the model's generation_config.json says; else 0, or 1 with one of the next three."""
     top_k: int | None = None
     """Draw from the k most likely tokens."""
     top_p: float | None = None

@@ -37,7 +37,9 @@ class Conversation:
         self._model = model
         if template is not None:
             # the template has written all special tokens down already
-            self._model = LanguageModel(model.model, _without_additions(model.tokenizer))
+            self._model = LanguageModel(
+                model.model, _without_additions(model.tokenizer), model.sampling
+            )
             # usually among the tokens that end a text for the model too, but not in all files
             end = model.tokenizer.token_to_id(template.tokens.get("eos_token", ""))
             self._ends = [] if end is None else [end]

@@ -15,7 +15,7 @@ from fastlm.model.decode_step import decode_step
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.lookup import PromptLookup
 from fastlm.model.prefill import prefill
-from fastlm.model.sampling import Sampler, Sampling
+from fastlm.model.sampling import NO_TOKEN, Sampler, Sampling
 
 if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
@@ -46,7 +46,8 @@ class Drawn:
 
     Attributes:
         request: Number of the request.
-        token: The token.
+        token: The token; :data:`fastlm.model.sampling.NO_TOKEN` where the request's logits are not
+            finite, and then it is the last.
         logprob: Its natural log probability under the model, before temperature and filters.
         top: The most likely tokens there, with theirs, as many as were asked for.
         is_last: No more will come: it ends the text, or the request has all it asked for.
@@ -57,6 +58,15 @@ class Drawn:
     logprob: float
     top: tuple[tuple[int, float], ...]
     is_last: bool
+
+    def check(self) -> None:
+        """Raise where there is no token.
+
+        Raises:
+            FloatingPointError: The model's logits are not finite.
+        """
+        if self.token == NO_TOKEN:
+            raise FloatingPointError("generate: the model's logits are not finite")
 
 
 class Generation:
@@ -122,8 +132,7 @@ class Generation:
     def step(self) -> list[Drawn]:
         """The next token of every request that has not ended; several where guesses were right.
 
-        Raises:
-            FloatingPointError: The model's logits are not finite.
+        A request whose logits are not finite ends without a token, and the others go on.
         """
         if self.is_done:
             return []
@@ -256,13 +265,12 @@ class Generation:
             guesses, request = self._guesses[row], self._requests[n]
             for at, (token, *rest) in enumerate(told[row]):
                 token = int(token)
-                if token < 0:
-                    raise FloatingPointError("generate: the model's logits are not finite")
                 self._counts[n] += 1
-                is_last = token in request.end_ids or self._counts[n] == request.max_new_tokens
+                ends = token == NO_TOKEN or token in request.end_ids
+                is_last = ends or self._counts[n] == request.max_new_tokens
                 out.append(_drawn(n, token, rest, is_last))
                 self._last[row] = token
-                if self._lookups:
+                if self._lookups and token != NO_TOKEN:
                     self._lookups[row].add(token)
                 if is_last:
                     self._ended.add(n)

@@ -203,6 +203,7 @@ class CausalLM(nn.Module):
         generation = Generation(self, requests, num_guesses=prompt_lookup_num_tokens)
         while not generation.is_done:
             for drawn in generation.step():
+                drawn.check()
                 rows[drawn.request].append(drawn.token)
         pad = self.config.pad_token_id
         pad = (eos[0] if eos else 0) if pad is None else pad
