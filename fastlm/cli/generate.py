@@ -50,6 +50,8 @@ class GenerateOptions:
     prompt_lookup_num_tokens: int = 0
     """Guess up to this many tokens ahead where the text repeats itself: faster there, and the same
     text but for rounding."""
+    kv_cache: Literal["float", "int8"] = "float"
+    """Hold keys and values in the dtype of the weights or in 8 bits."""
     weights: Literal["float", "int8", "int4"] = "float"
     """Hold the weights in this many bits: less memory to read for each token."""
     group_size: int = 128

@@ -71,6 +71,8 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] = (),
         prompt_lookup_num_tokens: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> str:
         """Continue ``prompt``; return the continuation alone.
 
@@ -95,6 +97,10 @@ class LanguageModel:
             prompt_lookup_num_tokens: Guess up to this many tokens ahead where the text repeats
                 itself, and verify them in one pass: faster there, and the same text but for
                 rounding.
+            kv_cache: ``"int8"`` holds keys and values in 8 bits with a scale for each token and
+                head; ``"float"`` in the dtype of the weights.
+            page_size: Hold them in pages of this many tokens, which texts take as they grow and
+                share where they begin alike; 0 for room for the longest text for each.
 
         Raises:
             ArgumentError: One is out of range, or the prompt empty or longer than the context; a
@@ -114,6 +120,8 @@ class LanguageModel:
             stop=stop,
             stop_token_ids=stop_token_ids,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            kv_cache=kv_cache,
+            page_size=page_size,
         )
         return "".join(item.text for item in items)
 
@@ -133,6 +141,8 @@ class LanguageModel:
         stop_token_ids: Sequence[int] = (),
         top_logprobs: int = 0,
         prompt_lookup_num_tokens: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> Iterator[StreamItem]:
         """Continue ``prompt`` token by token; arguments and errors as in :meth:`generate`.
 
@@ -149,8 +159,9 @@ class LanguageModel:
             prompt, max_new_tokens, sampling, seed, stop, stop_token_ids
         )
         generation = Generation(
-            self.model, [request], num_top=top_logprobs, num_guesses=prompt_lookup_num_tokens
-        )
+            self.model, [request], num_top=top_logprobs, num_guesses=prompt_lookup_num_tokens,
+            kv_cache=kv_cache, page_size=page_size,
+        )  # fmt: skip
         return self._stream(generation, reader)
 
     def _stream(self, generation: Generation, reader: Reader) -> Iterator[StreamItem]:
@@ -179,6 +190,8 @@ class LanguageModel:
         stop_token_ids: Sequence[int] = (),
         top_logprobs: int = 0,
         prompt_lookup_num_tokens: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> list[Completion]:
         """Continue several prompts of any lengths together.
 
@@ -189,7 +202,7 @@ class LanguageModel:
             max_new_tokens: At most this many tokens of each.
             num_return_sequences: How many continuations of each prompt, which is read once.
             temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, stop, stop_token_ids,
-                prompt_lookup_num_tokens: Of all.
+                prompt_lookup_num_tokens, kv_cache, page_size: Of all.
             seed: Of all prompts, or one for each.  Continuation j of a prompt is what
                 :meth:`generate` gives for ``seed + j``, but for rounding.
             top_logprobs: How many of the most likely tokens each item tells of.
@@ -232,6 +245,8 @@ class LanguageModel:
             [request for request, _ in asked],
             num_top=top_logprobs,
             num_guesses=prompt_lookup_num_tokens,
+            kv_cache=kv_cache,
+            page_size=page_size,
         )
         stopped = set[int]()
         while not generation.is_done:

@@ -24,6 +24,7 @@ from fastlm.model.blocks import (
 from fastlm.model.direct_attention import Attention, CacheAttention, DirectAttention
 from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.kv_cache import KVCache
+from fastlm.model.paged_kv_cache import PagedRows
 from fastlm.model.products import Call, FewRows, side_by_side
 from fastlm.nn import CausalSelfAttention, RMSNorm
 from fastlm.ops import _checked
@@ -36,7 +37,7 @@ Step = Callable[[Tensor], Tensor]
 _Map = Callable[[Tensor, Tensor], list[Call]]
 
 
-def decode_step(model: CausalLM, cache: KVCache) -> Step:
+def decode_step(model: CausalLM, cache: KVCache | PagedRows) -> Step:
     """A function from token ids ``(B, T)``, which it appends to ``cache``, to logits ``(B, T, V)``.
 
     Modules are called one by one where somebody watches them, by hooks, autocast or
@@ -49,8 +50,9 @@ def decode_step(model: CausalLM, cache: KVCache) -> Step:
     if is_watched or not _is_ours(model):
         return step
     if device_type == "cuda":
-        return GraphedStep(step, cache)
-    is_wide = cache.keys.dtype in (torch.float32, torch.float64)
+        # pages are the host's to choose, for each step anew
+        return GraphedStep(step, cache) if isinstance(cache, KVCache) else step
+    is_wide = model.model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
     return DirectStep(model, cache) if device_type == "cpu" and is_wide else step
 
 
@@ -79,7 +81,7 @@ def _is_ours(model: CausalLM) -> bool:
     )
 
 
-def _by_modules(model: CausalLM, cache: KVCache, tokens: Tensor) -> Tensor:
+def _by_modules(model: CausalLM, cache: KVCache | PagedRows, tokens: Tensor) -> Tensor:
     return cast(Tensor, model(tokens, cache=cache).logits)
 
 
@@ -91,7 +93,7 @@ class DirectStep:
     that the model's parameters have when it is made.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache) -> None:
+    def __init__(self, model: CausalLM, cache: KVCache | PagedRows) -> None:
         decoder = model.model
         self._model, self._cache = model, cache
         inner = model.config.intermediate_size
@@ -138,12 +140,14 @@ class DirectStep:
             inner=weight.new_empty(rows, inner),
             logits=weight.new_empty(batch, count, self._model.config.vocab_size),
         )
-        is_direct = count == 1 and self._cache.scales[0] is None
-        attend = (DirectAttention if is_direct else CacheAttention)(
-            self._cache, memory.heads, memory.attended,
-            windows=[layer.window for layer in self._layers],
-            tables=None if decoder.rotary is None else decoder.rotary.tables,
-        )  # fmt: skip
+        cache = self._cache
+        windows = [layer.window for layer in self._layers]
+        tables = None if decoder.rotary is None else decoder.rotary.tables
+        attend: Attention
+        if count == 1 and isinstance(cache, KVCache) and cache.scales[0] is None:
+            attend = DirectAttention(cache, memory.heads, memory.attended, windows, tables)
+        else:
+            attend = CacheAttention(cache, memory.heads, memory.attended, windows, tables)
         end = [
             *self._norm(memory.stream, memory.normed),
             *self._head(memory.normed, memory.logits.view(rows, -1)),

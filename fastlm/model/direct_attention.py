@@ -45,7 +45,6 @@ class CacheAttention:
         cache: KVCache | PagedRows,
         heads: Tensor,
         attended: Tensor,
-        *,
         windows: Sequence[int | None],
         tables: tuple[Tensor, Tensor] | None,
     ) -> None:
@@ -73,7 +72,6 @@ class DirectAttention:
         cache: KVCache,
         heads: Tensor,
         attended: Tensor,
-        *,
         windows: Sequence[int | None],
         tables: tuple[Tensor, Tensor] | None,
     ) -> None:
@@ -162,7 +160,7 @@ class _Run(NamedTuple):
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     # by window, of each layer keys and values, (n, G, S, D)
-    seen: dict[int | None, list[Sequence[Tensor]]]
+    seen: dict[int | None, list[tuple[Tensor, ...]]]
 
 
 def _parts(heads: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
