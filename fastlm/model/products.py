@@ -32,7 +32,7 @@ class FewRows:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight, self._bias = weight, bias
         threads = torch.get_num_threads()
-        is_divided = threads > 1 and weight.numel() >= _FEW_ELEMENTS
+        is_divided = 1 < threads <= len(weight) and weight.numel() >= _FEW_ELEMENTS
         self._num_blocks = threads if is_divided else 1
 
     def into(self, input: Tensor, out: Tensor) -> list[Call]:
