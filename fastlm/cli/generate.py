@@ -52,6 +52,8 @@ class GenerateOptions:
     text but for rounding."""
     kv_cache: Literal["float", "int8"] = "float"
     """Hold keys and values in the dtype of the weights or in 8 bits."""
+    page_size: int = 0
+    """Hold them in pages of this many tokens; 0 for all in one piece."""
     weights: Literal["float", "int8", "int4"] = "float"
     """Hold the weights in this many bits: less memory to read for each token."""
     group_size: int = 128
