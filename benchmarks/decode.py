@@ -2,9 +2,11 @@
 
     python benchmarks/decode.py --device cpu --json decode.json
 
-All have the same random weights, take the same prompts and decode greedily; logits of the two
-models are compared first.  ``products`` are the matrix products of a token alone, as fastlm does
-them.  Times are taken in turns in one process, and are those of all: prompt, products, sampling.
+All have the same random weights, take the same prompts and decode greedily; logits of the models
+are compared first.  ``fastlm.ragged`` has prompts that begin later row by row, so that no two of
+them are of one length; ``gpt-fast`` is a compiled step over a static cache; ``products`` are the
+matrix products of a token alone, as fastlm does them.  Times are taken in turns in one process, and
+are those of all: prompt, products, sampling.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ from torch import Tensor, nn
 
 import fastlm
 from fastlm.benchmarks import _harness, _report
+from fastlm.benchmarks._static_decoder import StaticDecoder
 from fastlm.model.products import FewRows
 
 PROMPT = 16
-PROVIDERS = ("transformers", "transformers.static", "fastlm", "fastlm.int8", "products")
+RAGGED = "fastlm.ragged"
+PROVIDERS = (
+    "transformers", "transformers.static", "gpt-fast", "fastlm", RAGGED, "fastlm.int8",
+    "products",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # prompts ``(B, T)``, and how many tokens are to follow each
 Call = Callable[[Tensor, int], object]
@@ -73,32 +80,54 @@ SIZES = {
 }
 
 
-def providers(size: Size, device: str, dtype: torch.dtype, only: list[str]) -> dict[str, Call]:
-    """Name to what is timed.
+def providers(
+    size: Size, device: str, dtype: torch.dtype, only: list[str]
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """Name to what is timed, and to how far logits are from transformers', by their largest.
 
     Raises:
-        AssertionError: The two models do not give the same logits.
+        AssertionError: The models do not give the same logits.
     """
     torch.manual_seed(0)
     model = fastlm.CausalLM(size.config()).to(device, dtype)
-    calls: dict[str, Call] = {"fastlm": model.generate}
+    ids = torch.randint(size.vocab, (2, PROMPT), device=device)
+    calls: dict[str, Call] = {
+        "fastlm": model.generate,
+        RAGGED: functools.partial(_ragged, model),
+    }
+    logits = {"fastlm": _logits(model, ids)}
     if "fastlm.int8" in only:
         narrow = copy.deepcopy(model)
         fastlm.quantize(narrow, 8)
-        calls["fastlm.int8"] = narrow.generate
+        calls["fastlm.int8"], logits["fastlm.int8"] = narrow.generate, _logits(narrow, ids)
+    if "gpt-fast" in only:
+        static = StaticDecoder(model, PROMPT + size.new_tokens)
+        calls["gpt-fast"], logits["gpt-fast"] = static.generate, static.first_logits(ids)
     if "products" in only and device == "cpu":
         calls["products"] = functools.partial(_products, model)
+    errors: dict[str, float] = {}
     if any(name.startswith("transformers") for name in only):
         theirs = _theirs(model)
-        ids = torch.randint(size.vocab, (2, PROMPT), device=device)
-        with torch.inference_mode():
-            tolerance = 1e-3 if dtype == torch.float32 else 3e-2
-            torch.testing.assert_close(
-                model(ids).logits, theirs(ids).logits, rtol=tolerance, atol=tolerance
-            )
+        truth, tolerance = _logits(theirs, ids), 1e-3 if dtype == torch.float32 else 3e-2
+        for name in logits.keys() - {"fastlm.int8"}:
+            torch.testing.assert_close(logits[name], truth, rtol=tolerance, atol=tolerance)
+        errors = {
+            name: ((x - truth).abs().max() / truth.abs().max()).item() for name, x in logits.items()
+        }
         calls["transformers"] = functools.partial(_generated, theirs, "dynamic")
         calls["transformers.static"] = functools.partial(_generated, theirs, "static")
-    return {name: calls[name] for name in only if name in calls}
+    return {name: calls[name] for name in only if name in calls}, errors
+
+
+@torch.inference_mode()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """After the last token, ``(B, 1, V)``."""
+    return model(ids).logits[:, -1:].float()
+
+
+def _ragged(model: fastlm.CausalLM, prompts: Tensor, new_tokens: int) -> object:
+    rows = [row[number % PROMPT :] for number, row in enumerate(prompts.tolist())]
+    return model.generate(rows, new_tokens)
 
 
 def _theirs(model: fastlm.CausalLM) -> nn.Module:
@@ -122,10 +151,15 @@ def _generated(model: Any, cache: str, prompts: Tensor, new_tokens: int) -> obje
 def _products(model: fastlm.CausalLM, prompts: Tensor, new_tokens: int) -> None:
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.randn(len(prompts), weight.shape[1]) for weight in weights]
-    products = [FewRows(weight) for weight in weights]
+    outs = [torch.empty(len(prompts), weight.shape[0]) for weight in weights]
+    calls = [
+        call
+        for weight, x, out in zip(weights, inputs, outs, strict=True)
+        for call in FewRows(weight).into(x, out)
+    ]
     for _ in range(new_tokens):
-        for product, x in zip(products, inputs, strict=True):
-            product(x)
+        for call in calls:
+            call()
 
 
 def measure(
@@ -172,19 +206,25 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for name in options.size or sizes:
         size = sizes[name]
-        calls = providers(size, device, DTYPES[name_of_dtype], options.only)
+        every, errors = providers(size, device, DTYPES[name_of_dtype], options.only)
         with torch.device("meta"):
             weights = sum(p.numel() for p in fastlm.CausalLM(size.config()).parameters())
         for batch in size.batches:
             prompts = torch.randint(size.vocab, (batch, PROMPT), device=device)
+            # one prompt alone is as long as any
+            calls = {name: call for name, call in every.items() if (name, batch) != (RAGGED, 1)}
+            peaks = {
+                provider: _harness.extra_peak_mib(functools.partial(call, prompts, 4), device)
+                for provider, call in calls.items()
+            }
             for provider, rates in measure(calls, prompts, size.new_tokens, options.rounds).items():
                 low, middle, high = (
                     statistics.quantiles(rates, n=10, method="inclusive")[at] for at in (1, 4, 7)
                 )
                 # every weight is read once for a token of all rows; the tied embedding as the head
                 itemsize = 1 if provider == "fastlm.int8" else DTYPES[name_of_dtype].itemsize
-                bytes_read = weights * itemsize
-                gbps = bytes_read * middle / batch / 1e9
+                gbps = weights * itemsize * middle / batch / 1e9
+                low_ms, middle_ms, high_ms = (1e3 * batch / x for x in (high, middle, low))
                 rows.append({
                     "op": "generate",
                     "mode": "decode",
@@ -197,7 +237,14 @@ def main(arguments: list[str] | None = None) -> None:
                     "tokens_per_second_p20": low,
                     "tokens_per_second_p50": middle,
                     "tokens_per_second_p80": high,
+                    "ms_p50": middle_ms,
+                    "ms_p20": low_ms,
+                    "ms_p80": high_ms,
+                    "tflops": 2 * weights * middle / 1e12,
                     "gbps": gbps,
+                    "fraction_of_peak": gbps / ceilings.gbps,
+                    "peak_mib": peaks[provider],
+                    "max_rel_err": errors.get(provider),
                 })  # fmt: skip
                 numbers = f"{middle:10.1f}{low:9.1f}{high:9.1f}{gbps:8.1f}"
                 print(f"{name:6}{batch:6}  {provider:20}{numbers}", flush=True)

@@ -59,7 +59,7 @@ run_benchmark() {
 
 run_decode() {
   # transformers may be missing
-  "$python" -c 'import transformers' 2>/dev/null && peers= || peers="--only fastlm fastlm.int8"
+  "$python" -c 'import transformers' 2>/dev/null && peers= || peers="--only gpt-fast fastlm fastlm.ragged fastlm.int8"
   "$python" benchmarks/decode.py --device cuda $peers --json "$out/decode.json"
 }
 

@@ -111,8 +111,23 @@ def test_flags_are_those_of_generation(folder, chat):
     settings = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}
     assert out == expected(folder, ["the cat", "sat"], "be brief", **settings)
     names = set(ChatOptions("x").settings)
-    sampling = {"temperature", "top_k", "top_p", "min_p", "seed"}
+    sampling = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
     assert names == {"max_new_tokens", "top_logprobs", *sampling}
+
+
+def test_flags_that_no_answer_changes(folder, chat):
+    whole = expected(folder, ["the cat"], repetition_penalty=1.3)
+    stop = whole[3:5]
+    out, err = chat(folder, "the cat\n", "--stop", stop, "--repetition-penalty", "1.3")
+    assert out == whole.partition(stop)[0] + "\n" and "max_new_tokens" not in err
+    ids = without_additions(folder).encode(whole.strip())
+    flags = ("--stop-token-ids", str(ids[-1]), "--repetition-penalty", "1.3")
+    assert len(chat(folder, "the cat\n", *flags)[0]) < len(whole)
+    narrow = ("--weights", "int8", "--kv-cache", "int8", "--prompt-lookup-num-tokens", "2")
+    assert chat(folder, "the cat\n", *narrow)[1].count("stopped after max_new_tokens") == 1
+    assert "group_size 128 divides, got 32" in chat(folder, "", "--weights", "int4", code=USAGE)[1]
+    flags = ("--weights", "int4", "--group-size", "32")
+    assert "group_size 32 divides, got 48" in chat(folder, "", *flags, code=USAGE)[1]
 
 
 def test_the_most_likely_tokens_are_shown_after_an_answer(folder, chat):
@@ -202,6 +217,27 @@ def test_without_a_template_text_is_continued(plain, chat):
     first = lm.generate("animals\nthe cat", 12)
     second = lm.generate(f"animals\nthe cat{first}\nthe dog", 12)
     assert out == f"{first}\n{second}\n"
+
+
+def test_a_model_that_breaks_ends_its_answer_and_not_the_program(folder, chat, monkeypatch):
+    stream = LanguageModel.stream
+
+    def broken(self, prompt, *args, **options):
+        items = stream(self, prompt, *args, **options)
+        if "sat" not in prompt:
+            return items
+        raise_ = FloatingPointError("generate: the model's logits are not finite")
+        return itertools.chain(itertools.islice(items, 1), raising(raise_))
+
+    monkeypatch.setattr(LanguageModel, "stream", broken)
+    out, err = chat(folder, "sat\n/reset\nthe cat\n")
+    assert out.endswith(expected(folder, ["the cat"])) and out.count("\n") > 1
+    assert err.count("the model's logits are not finite") == 1
+
+
+def raising(error):
+    raise error
+    yield
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(folder, chat, monkeypatch):

@@ -52,7 +52,7 @@ def stepped(model, lengths, make):
     prefill(model, prompts, cache)
     step = make(model, cache)
     ids = torch.randint(320, (len(lengths), 4), generator=generator)
-    parts = [step(part) for part in ids.split((1, 1, 2), dim=1)]
+    parts = [step(part).clone() for part in ids.split((1, 1, 2), dim=1)]
     assert cache.lengths == [length + 4 for length in lengths] == cache.seqlens.tolist()
     return torch.cat(parts, 1)
 
@@ -62,7 +62,7 @@ def by_modules(model, cache):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("lengths", [(7,), (6, 6, 6), (1, 9, 4)])
+@pytest.mark.parametrize("lengths", [(7,), (6, 6, 6), (4, 4, 9, 1)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_computes_what_the_modules_do(name, lengths, count, monkeypatch):
     monkeypatch.setattr("fastlm.model.products._FEW_ELEMENTS", 0)
@@ -168,18 +168,24 @@ def test_narrow_models_decode_by_their_modules():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1])
-@pytest.mark.parametrize(("size", "count"), [(48, 1), (48, 2), (48, 3), (47, 2)])
+@pytest.mark.parametrize(("size", "count"), [(48, 1), (48, 2), (48, 3), (47, 2), (2, 3)])
 def test_products_of_few_rows_are_as_accurate_as_one_product(size, count, rows, bias, monkeypatch):
     monkeypatch.setattr("fastlm.model.products._FEW_ELEMENTS", 0)
     weight, x = torch.randn(size, 40), torch.randn(rows, 40)
     vector = torch.randn(size) if bias else None
     with threads(count):
-        got = FewRows(weight, vector)(x)
+        product = FewRows(weight, vector)
+        got, total = torch.full((rows, size), torch.nan), torch.randn(rows, size)
+        calls = [*product.into(x, got), *product.added(x, total)]
+    before = total.clone()
+    for call in calls:
+        call()
     plain = torch.nn.functional.linear(x, weight, vector)
     truth = torch.nn.functional.linear(
         x.double(), weight.double(), None if vector is None else vector.double()
     )
     assert_as_accurate("product", got, plain=plain, truth=truth)
+    assert_as_accurate("sum", total, plain=before + plain, truth=before + truth)
 
 
 class Graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 
 import pytest
@@ -278,6 +279,58 @@ def test_a_folder_without_its_tokenizer_is_named(fault, folder, tmp_path):
     with pytest.raises(fastlm.ModelFileError, match=message) as caught:
         fastlm.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def with_generation_config(folder, path, values):
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    (path / "generation_config.json").write_text(json.dumps(values))
+    return path
+
+
+def test_sampling_of_the_folder_holds_where_the_caller_says_nothing(folder, lm, tmp_path):
+    values = {"do_sample": True, "temperature": 0.7, "top_k": 9, "repetition_penalty": 1.2}
+    own = fastlm.load(with_generation_config(folder, tmp_path, values))
+    said = {"temperature": 0.7, "top_k": 9, "repetition_penalty": 1.2, "seed": 3}
+    want = lm.generate("the cat", 30, **said)
+    assert own.generate("the cat", 30, seed=3) == want
+    assert own.generate_batch(["the cat"], 30, seed=3)[0].text == want
+    # what is said wins, number by number
+    changed = lm.generate("the cat", 30, **{**said, "temperature": 2.0})
+    assert own.generate("the cat", 30, temperature=2.0, seed=3) == changed != want
+    greedy = lm.generate("the cat", 30, repetition_penalty=1.2)
+    assert own.generate("the cat", 30, temperature=0) == greedy
+    assert own.generate("the cat", 30, temperature=0, repetition_penalty=1.0) == lm.generate(
+        "the cat", 30
+    )
+
+
+def test_a_folder_that_does_not_sample_is_greedy(folder, lm, tmp_path):
+    values = {"do_sample": False, "temperature": 0.7, "top_k": 9}
+    own = fastlm.load(with_generation_config(folder, tmp_path, values))
+    assert own.sampling.is_greedy
+    assert own.generate("the cat", 20) == lm.generate("the cat", 20)
+    assert own.generate("the cat", 20, top_p=0.9, seed=1) == lm.generate(
+        "the cat", 20, top_p=0.9, seed=1
+    )
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": "many"}, {"min_p": "x"}])
+def test_impossible_sampling_of_a_folder_is_named(values, folder, tmp_path):
+    path = with_generation_config(folder, tmp_path, {"do_sample": True, **values})
+    with pytest.raises(fastlm.ModelFileError, match=r"generation_config.json: .*") as caught:
+        fastlm.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_tokenizer_cut_in_training_it_does_not_cut_here(folder, lm, tmp_path):
+    path = with_generation_config(folder, tmp_path, {})
+    tokenizer = tiny_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(path / "tokenizer.json"))
+    for text in ("the cat sat on the mat", "the"):
+        assert fastlm.load(path).encode(text) == lm.encode(text)
 
 
 def test_low_precision_files_run_in_float32_on_cpu(folder, tmp_path):

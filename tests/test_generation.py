@@ -104,6 +104,59 @@ def test_guessing_ahead_changes_no_token(rules, guesses, device):
     assert differ <= 1
 
 
+@pytest.mark.parametrize("guesses", [0, 4])
+@pytest.mark.parametrize("kv_cache", ["float", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_pages_change_no_token(name, kv_cache, guesses, device):
+    model = tiny_model(**MODELS[name]).to(device)
+    # texts that repeat themselves, one of them twice, and one whose pages end the context
+    batch = [(prompt * 8)[:24] for prompt in prompts()]
+    options = {
+        "kv_cache": kv_cache, "prompt_lookup_num_tokens": guesses, "num_return_sequences": 2,
+        "temperature": 1.0, "seed": 3,
+    }  # fmt: skip
+    want = model.generate(batch, 64, **options).tolist()
+    got = model.generate(batch, 64, page_size=7, **options).tolist()
+    if kv_cache == "float":
+        differ = sum(excused(model, row, other, 24) for row, other in zip(got, want, strict=True))
+        assert differ <= 1
+    else:
+        # prompts are read at once into one cache, and token by token of the other
+        assert [row[:26] for row in got] == [row[:26] for row in want]
+
+
+@pytest.mark.parametrize("page_size", [0, 5])
+def test_eight_bits_of_keys_and_values_are_near(page_size, device):
+    model = tiny_model().to(device)
+    requests = [Request(prompt=tuple(p), max_new_tokens=9, sampling=GREEDY) for p in prompts()]
+    whole, narrow = (
+        Generation(model, requests, num_top=0, kv_cache=kind, page_size=page_size)
+        for kind in ("float", "int8")
+    )
+    first, second = whole.step(), narrow.step()
+    assert narrow._cache.scales[0] is not None
+    gaps = [abs(a.logprob - b.logprob) for a, b in zip(first, second, strict=True)]
+    assert 0 < max(gaps) < 0.2
+
+
+def test_pages_are_shared_and_given_back(device):
+    model = tiny_model().to(device)
+    requests = [
+        Request(prompt=(5,) * 10, max_new_tokens=count, sampling=GREEDY) for count in (1, 9, 9)
+    ]
+    generation = Generation(model, requests, page_size=4)
+    generation.step()
+    cache = generation._cache.cache
+    # three pages for each, of which the prompt takes them once
+    assert cache.num_pages == 3 + 5 + 5 and cache.free_pages == 13 - 3
+    generation.step()
+    # two rows are left, and their third pages differ
+    assert cache.free_pages == 13 - 4
+    while not generation.is_done:
+        generation.step()
+    assert cache.free_pages == 13 - 2 - 2 * 3
+
+
 def test_heads_wider_than_the_kernels_take_are_decoded(device):
     sizes = {"head_dim": 320, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = tiny_model(**sizes).to(device)
@@ -265,6 +318,28 @@ def test_a_batch_of_texts_is_what_each_text_gives(lm):
     )
 
 
+class Broken(Generation):
+    """The second request's logits are not finite after its third token."""
+
+    def _sampled(self, logits):
+        if 1 in self._rows and self._counts[1] == 3:
+            logits[self._rows.index(1)] = torch.nan
+        return super()._sampled(logits)
+
+
+@pytest.mark.parametrize("guesses", [0, 4])
+def test_a_row_without_finite_logits_ends_alone(lm, guesses, monkeypatch):
+    texts = ["the cat", "on the mat, then", "sat"]
+    options = {"temperature": 1.0, "seed": 9, "prompt_lookup_num_tokens": guesses}
+    whole = lm.generate_batch(texts, 12, **options)
+    monkeypatch.setattr("fastlm.inference.language_model.Generation", Broken)
+    got = lm.generate_batch(texts, 12, **options)
+    assert got[0] == whole[0] and got[2] == whole[2]
+    assert got[1].finish == "error" and got[1].ids == whole[1].ids[:3]
+    # no character is lost, whether whole or not
+    assert got[1].text == lm.decode(got[1].ids)
+
+
 @pytest.mark.parametrize("guesses", [0, 4])
 def test_stop_strings_and_tokens_end_one_text_and_not_the_others(lm, guesses):
     texts = ["the cat", "on the mat"]
@@ -290,6 +365,8 @@ def test_stop_strings_and_tokens_end_one_text_and_not_the_others(lm, guesses):
         ({"logit_bias": {10**6: 1.0}}, "logit_bias must name tokens below"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"kv_cache": "int4"}, "kv_cache must be one of float, int8, got 'int4'"),
+        ({"page_size": -1}, "page_size must be a whole number of at least 0, got -1"),
         ({"stop_token_ids": 5}, "stop_token_ids must be token ids below"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids must be token ids below"),
     ],

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -29,6 +29,17 @@ HELP = """\
 /quit             end, as Ctrl-D does
 //TEXT            say /TEXT
 Ctrl-C stops an answer."""
+# settings, all of them numbers, and whether whole ones
+_NUMBERS = {
+    "max_new_tokens": True,
+    "temperature": False,
+    "top_k": True,
+    "top_p": False,
+    "min_p": False,
+    "repetition_penalty": False,
+    "seed": True,
+    "top_logprobs": True,
+}
 
 
 @dataclass(frozen=True)
@@ -46,16 +57,31 @@ class ChatOptions:
     max_new_tokens: int = 512
     """At most this many tokens in an answer."""
     temperature: float | None = None
-    """0 takes the most likely token each time, more makes it bolder. None: 0, or 1 with one of the
-    next three."""
+    """0 takes the most likely token each time, more makes it bolder. None, as for the next four:
+    what the model's generation_config.json says; else 0, or 1 with one of the next three."""
     top_k: int | None = None
     """Draw from the k most likely tokens."""
     top_p: float | None = None
     """Draw from the most likely tokens that together reach this probability."""
     min_p: float | None = None
     """Draw from the tokens at least this fraction as likely as the most likely."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that were there less likely."""
     seed: int | None = None
     """Equal seeds give equal answers in equal conversations."""
+    stop: tuple[str, ...] = ()
+    """Strings to end an answer before."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, besides those of the model."""
+    prompt_lookup_num_tokens: int = 0
+    """Guess up to this many tokens ahead where the conversation repeats itself: faster there, and
+    the same text but for rounding."""
+    kv_cache: Literal["float", "int8"] = "float"
+    """Hold keys and values in the dtype of the weights or in 8 bits."""
+    weights: Literal["float", "int8", "int4"] = "float"
+    """Hold the weights in this many bits: less memory to read for each token."""
+    group_size: int = 128
+    """Of int4: how many inputs share a step; 32, 64, 128 or 256."""
     top_logprobs: int = 0
     """After an answer, show for each of its tokens how likely this many most likely ones were."""
 
@@ -68,9 +94,13 @@ class ChatOptions:
     @property
     def settings(self) -> dict[str, Any]:
         """What may change during a conversation."""
-        values = dataclasses.asdict(self)
-        del values["run"], values["system"]
-        return values
+        return {name: getattr(self, name) for name in _NUMBERS}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Of every answer."""
+        names = ("stop", "stop_token_ids", "prompt_lookup_num_tokens", "kv_cache")
+        return {name: getattr(self, name) for name in names}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -78,7 +108,9 @@ def run(argv: Sequence[str]) -> int:
     # here and not above: help needs no torch
     from fastlm.inference.conversation import open_conversation
 
-    conversation = open_conversation(options.run, options.system)
+    conversation = open_conversation(
+        options.run, options.system, weights=options.weights, group_size=options.group_size
+    )
     if conversation.template is None:
         _say(f"{options.run} has no chat template: what you write is continued as plain text")
     if sys.stdin.isatty():
@@ -127,7 +159,9 @@ def _answer(question: str, options: ChatOptions, conversation: Conversation) -> 
     finish: str | None = None
     tokens: list[StreamItem] = []
     try:
-        with contextlib.closing(conversation.answer(question, **options.settings)) as items:
+        with contextlib.closing(
+            conversation.answer(question, **options.settings, **options.fixed)
+        ) as items:
             if conversation.forgotten:
                 turns = "turn is" if conversation.forgotten == 1 else "turns are"
                 _say(
@@ -142,6 +176,9 @@ def _answer(question: str, options: ChatOptions, conversation: Conversation) -> 
     except KeyboardInterrupt:
         print(flush=True)
         _say("stopped")
+    except FloatingPointError as error:
+        print(flush=True)
+        _say(str(error))
     for item in tokens:
         if item.top_logprobs:
             others = (f"{conversation.shown(n)} {math.exp(p):.1%}" for n, p in item.top_logprobs)
@@ -180,7 +217,7 @@ def _changed(options: ChatOptions, change: str) -> ChatOptions:
     if name not in options.settings:
         names = ", ".join(options.settings)
         raise ArgumentError(f"chat: setting must be one of {names}, got {name!r}")
-    whole = name in ("max_new_tokens", "top_k", "seed", "top_logprobs")
+    whole = _NUMBERS[name]
     try:
         number = None if value.lower() == "none" else int(value) if whole else float(value)
     except ValueError:
@@ -207,6 +244,7 @@ def _checked(options: ChatOptions) -> ChatOptions:
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
     )
     new_generator(options.seed, torch.device("cpu"))
     return options

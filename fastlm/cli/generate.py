@@ -29,8 +29,8 @@ class GenerateOptions:
     max_new_tokens: int = 128
     """At most this many tokens."""
     temperature: float | None = None
-    """0 takes the most likely token each time, more makes it bolder. None: 0, or 1 with one of the
-    next three."""
+    """0 takes the most likely token each time, more makes it bolder. None, as for the next four:
+    what the model's generation_config.json says; else 0, or 1 with one of the next three."""
     top_k: int | None = None
     """Draw from the k most likely tokens."""
     top_p: float | None = None
@@ -50,6 +50,10 @@ class GenerateOptions:
     prompt_lookup_num_tokens: int = 0
     """Guess up to this many tokens ahead where the text repeats itself: faster there, and the same
     text but for rounding."""
+    kv_cache: Literal["float", "int8"] = "float"
+    """Hold keys and values in the dtype of the weights or in 8 bits."""
+    page_size: int = 0
+    """Hold them in pages of this many tokens; 0 for all in one piece."""
     weights: Literal["float", "int8", "int4"] = "float"
     """Hold the weights in this many bits: less memory to read for each token."""
     group_size: int = 128

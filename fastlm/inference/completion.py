@@ -40,7 +40,8 @@ class Completion:
     Attributes:
         text: Without the prompt, stop string and special tokens.
         items: Its tokens.
-        finish: As in :class:`StreamItem`; ``"length"`` where no token was asked for.
+        finish: As in :class:`StreamItem`; ``"length"`` where no token was asked for, ``"error"``
+            where the model's logits were not finite, after ``items``.
     """
 
     text: str
@@ -92,6 +93,7 @@ class Reader:
         self._stops = StopStrings(stop)
         self._texts = TextStream(tokenizer, request.prompt)
         self._end_ids, self._limit = request.end_ids, limit
+        self._tail = ""
         self.items: list[StreamItem] = []
 
     def read(self, drawn: Drawn) -> StreamItem:
@@ -106,9 +108,14 @@ class Reader:
         self.items.append(item)
         return item
 
+    def fail(self) -> None:
+        """There is no next token: the model's logits are not finite."""
+        self._tail = self._stops.add(self._texts.finish()) + self._stops.finish()
+        self._limit = "error"
+
     @property
     def completion(self) -> Completion:
         """What was read."""
         finish = self.items[-1].finish if self.items else None
-        text = "".join(item.text for item in self.items)
+        text = "".join(item.text for item in self.items) + self._tail
         return Completion(text, tuple(self.items), finish or self._limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -37,7 +38,9 @@ class Conversation:
         self._model = model
         if template is not None:
             # the template has written all special tokens down already
-            self._model = LanguageModel(model.model, _without_additions(model.tokenizer))
+            self._model = LanguageModel(
+                model.model, _without_additions(model.tokenizer), model.sampling
+            )
             # usually among the tokens that end a text for the model too, but not in all files
             end = model.tokenizer.token_to_id(template.tokens.get("eos_token", ""))
             self._ends = [] if end is None else [end]
@@ -67,14 +70,10 @@ class Conversation:
         question: str,
         max_new_tokens: int = 512,
         *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        **options: Any,
     ) -> Generator[StreamItem, None, None]:
-        """Answer token by token; arguments and errors as in :meth:`LanguageModel.stream`.
+        """Answer token by token; options and errors as in :meth:`LanguageModel.stream`.
 
         Arguments are checked here, before the first item is asked for.  What was answered so far is
         part of the conversation at any time, so that an answer may be left where it is.  Where the
@@ -100,13 +99,8 @@ class Conversation:
         items = self._model.stream(
             prompt,
             max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop_token_ids=self._ends,
-            top_logprobs=top_logprobs,
+            stop_token_ids=[*self._ends, *stop_token_ids],
+            **options,
         )
         reply = {"role": "assistant", "content": ""}
         self.messages, self.forgotten = [*messages, reply], forgotten
@@ -125,8 +119,16 @@ class Conversation:
         return text, len(self._model.encode(text))
 
 
-def open_conversation(source: str | os.PathLike[str], system: str | None = None) -> Conversation:
+def open_conversation(
+    source: str | os.PathLike[str],
+    system: str | None = None,
+    *,
+    weights: str = "float",
+    group_size: int = 128,
+) -> Conversation:
     """A conversation with the model of a run folder, or any other that :func:`fastlm.load` reads.
+
+    ``weights`` and ``group_size`` are as there.
 
     Raises:
         ModelFileError: Something is missing, damaged or not supported; the message says what.
@@ -135,7 +137,7 @@ def open_conversation(source: str | os.PathLike[str], system: str | None = None)
     folder = model_folder(source)
     # first: it is read in no time
     template = ChatTemplate.read(folder)
-    return Conversation(load(folder), template, system)
+    return Conversation(load(folder, weights=weights, group_size=group_size), template, system)
 
 
 def _without_a_turn(messages: Sequence[Message]) -> list[Message] | None:

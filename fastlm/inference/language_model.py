@@ -12,12 +12,13 @@ from torch import nn
 
 from fastlm._errors import ArgumentError, check_text
 from fastlm.inference.completion import Completion, Reader, Score, StreamItem
+from fastlm.inference.generation_config import chosen, read_sampling
 from fastlm.inference.next_token import NextToken
 from fastlm.model.checkpoint import ModelFileError
 from fastlm.model.generate import Generation, Request, check_prompt, new_tokens
 from fastlm.model.hub import model_folder
 from fastlm.model.quantize import WEIGHTS, quantize
-from fastlm.model.sampling import Sampling
+from fastlm.model.sampling import NO_TOKEN, Sampling
 from fastlm.model.transformer import CausalLM
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.linear_logprobs import linear_logprobs
@@ -31,11 +32,16 @@ class LanguageModel:
     Attributes:
         model: Token ids in, logits out.
         tokenizer: Text to token ids and back.
+        sampling: How tokens are drawn where the caller does not say: of a folder's
+            ``generation_config.json``, else greedily.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: CausalLM, tokenizer: Tokenizer, sampling: Sampling | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.sampling = Sampling() if sampling is None else sampling
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer puts around a text.
@@ -65,16 +71,20 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] = (),
         prompt_lookup_num_tokens: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> str:
         """Continue ``prompt``; return the continuation alone.
 
         Ends after ``max_new_tokens``, at an end-of-text token, before a stop string, or when prompt
-        and continuation fill the context.
+        and continuation fill the context.  How tokens are drawn is what :attr:`sampling` says,
+        number by number, where it is not said here.
 
         Args:
             prompt: Text; empty only where the model has a token that starts a text.
             max_new_tokens: At most this many tokens.
-            temperature: 0, the default, takes the most likely token each time; any other samples.
+            temperature: 0 takes the most likely token each time, as is done where neither this nor
+                the next three are said anywhere; any other samples.
             top_k: Draw from the k most likely tokens.
             top_p: Then from the most likely that together reach this probability.
             min_p: Then from those at least this fraction as likely as the most likely.  Any of
@@ -87,6 +97,10 @@ class LanguageModel:
             prompt_lookup_num_tokens: Guess up to this many tokens ahead where the text repeats
                 itself, and verify them in one pass: faster there, and the same text but for
                 rounding.
+            kv_cache: ``"int8"`` holds keys and values in 8 bits with a scale for each token and
+                head; ``"float"`` in the dtype of the weights.
+            page_size: Hold them in pages of this many tokens, which texts take as they grow and
+                share where they begin alike; 0 for room for the longest text for each.
 
         Raises:
             ArgumentError: One is out of range, or the prompt empty or longer than the context; a
@@ -106,6 +120,8 @@ class LanguageModel:
             stop=stop,
             stop_token_ids=stop_token_ids,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            kv_cache=kv_cache,
+            page_size=page_size,
         )
         return "".join(item.text for item in items)
 
@@ -125,15 +141,17 @@ class LanguageModel:
         stop_token_ids: Sequence[int] = (),
         top_logprobs: int = 0,
         prompt_lookup_num_tokens: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> Iterator[StreamItem]:
         """Continue ``prompt`` token by token; arguments and errors as in :meth:`generate`.
 
         Arguments are checked here, before the first item is asked for.  ``top_logprobs`` is how
         many of the most likely tokens each item tells of.
         """
-        sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, logit_bias=logit_bias,
+        sampling = chosen(
+            self.sampling, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, repetition_penalty=repetition_penalty, logit_bias=logit_bias,
         )  # fmt: skip
         _check_count("top_logprobs", top_logprobs)
         _check_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
@@ -141,13 +159,15 @@ class LanguageModel:
             prompt, max_new_tokens, sampling, seed, stop, stop_token_ids
         )
         generation = Generation(
-            self.model, [request], num_top=top_logprobs, num_guesses=prompt_lookup_num_tokens
-        )
+            self.model, [request], num_top=top_logprobs, num_guesses=prompt_lookup_num_tokens,
+            kv_cache=kv_cache, page_size=page_size,
+        )  # fmt: skip
         return self._stream(generation, reader)
 
     def _stream(self, generation: Generation, reader: Reader) -> Iterator[StreamItem]:
         while not generation.is_done:
             for drawn in generation.step():
+                drawn.check()
                 item = reader.read(drawn)
                 yield item
                 if item.finish:
@@ -170,6 +190,8 @@ class LanguageModel:
         stop_token_ids: Sequence[int] = (),
         top_logprobs: int = 0,
         prompt_lookup_num_tokens: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> list[Completion]:
         """Continue several prompts of any lengths together.
 
@@ -180,26 +202,26 @@ class LanguageModel:
             max_new_tokens: At most this many tokens of each.
             num_return_sequences: How many continuations of each prompt, which is read once.
             temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, stop, stop_token_ids,
-                prompt_lookup_num_tokens: Of all.
+                prompt_lookup_num_tokens, kv_cache, page_size: Of all.
             seed: Of all prompts, or one for each.  Continuation j of a prompt is what
                 :meth:`generate` gives for ``seed + j``, but for rounding.
             top_logprobs: How many of the most likely tokens each item tells of.
 
         Returns:
             ``num_return_sequences`` completions of the first prompt, then those of the second, ...
+            Where the model's logits are not finite a completion ends with ``finish="error"``.
 
         Raises:
             ArgumentError: One is out of range, or a prompt empty or longer than the context; a
                 ValueError.
-            FloatingPointError: The model's logits are not finite.
         """
         if isinstance(prompts, str):
             raise ArgumentError(f"generate_batch: prompts must be several texts, got {prompts!r}")
         if not (seed is None or isinstance(seed, int | Sequence)):
             raise ArgumentError(f"generate_batch: seed must be a whole number, got {seed!r}")
-        sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, logit_bias=logit_bias,
+        sampling = chosen(
+            self.sampling, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, repetition_penalty=repetition_penalty, logit_bias=logit_bias,
         )  # fmt: skip
         _check_count("top_logprobs", top_logprobs)
         _check_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
@@ -223,12 +245,16 @@ class LanguageModel:
             [request for request, _ in asked],
             num_top=top_logprobs,
             num_guesses=prompt_lookup_num_tokens,
+            kv_cache=kv_cache,
+            page_size=page_size,
         )
         stopped = set[int]()
         while not generation.is_done:
             for drawn in generation.step():
+                if drawn.token == NO_TOKEN:
+                    asked[drawn.request][1].fail()
                 # tokens after a stop string, guessed and verified in the same step, are not wanted
-                if drawn.request not in stopped and asked[drawn.request][1].read(drawn).finish:
+                elif drawn.request not in stopped and asked[drawn.request][1].read(drawn).finish:
                     stopped.add(drawn.request)
                     generation.end(drawn.request)
         return [reader.completion for _, reader in asked]
@@ -376,14 +402,18 @@ def load(
     bits = WEIGHTS[weights]
     if bits is not None:
         quantize(model, bits, group_size=group_size)
-    return LanguageModel(model, tokenizer)
+    return LanguageModel(model, tokenizer, read_sampling(folder))
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER
     try:
-        return Tokenizer.from_buffer(path.read_bytes())
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
     except FileNotFoundError:
         raise ModelFileError(f"{folder}: {TOKENIZER} is missing") from None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path}: cannot be read as a tokenizer: {error}") from error
+    # files may ask for either: left from training, and no part of what a text means
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

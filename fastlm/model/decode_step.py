@@ -6,13 +6,12 @@ calls of operators around them, so the step makes few calls, and none through a 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.model.blocks import (
@@ -22,9 +21,11 @@ from fastlm.model.blocks import (
     FeedForward,
     UngatedFeedForward,
 )
+from fastlm.model.direct_attention import Attention, CacheAttention, DirectAttention
 from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.kv_cache import KVCache
-from fastlm.model.products import FewRows, joined
+from fastlm.model.paged_kv_cache import PagedRows
+from fastlm.model.products import Call, FewRows, side_by_side
 from fastlm.nn import CausalSelfAttention, RMSNorm
 from fastlm.ops import _checked
 
@@ -32,27 +33,26 @@ if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
 
 Step = Callable[[Tensor], Tensor]
-# rows of vectors to rows of vectors
-_Map = Callable[[Tensor], Tensor]
-# of the heads of queries, keys and values side by side, ``(B, T, H + 2 G, D)``, and the window
-_Attend = Callable[[int, Tensor, int, int | None], Tensor]
+# of rows of vectors in memory, and memory for others: the calls that compute these
+_Map = Callable[[Tensor, Tensor], list[Call]]
 
 
-def decode_step(model: CausalLM, cache: KVCache) -> Step:
+def decode_step(model: CausalLM, cache: KVCache | PagedRows) -> Step:
     """A function from token ids ``(B, T)``, which it appends to ``cache``, to logits ``(B, T, V)``.
 
     Modules are called one by one where somebody watches them, by hooks, autocast or
     ``fastlm.checked()``, or has put others in their place.  To be called under
     ``torch.inference_mode()``.
     """
-    step = functools.partial(_by_modules, model, cache)
+    step = partial(_by_modules, model, cache)
     device_type = cache.device.type
     is_watched = _checked.is_on() or torch.is_autocast_enabled(device_type)
     if is_watched or not _is_ours(model):
         return step
     if device_type == "cuda":
-        return GraphedStep(step, cache)
-    is_wide = cache.keys.dtype in (torch.float32, torch.float64)
+        # pages are the host's to choose, for each step anew
+        return GraphedStep(step, cache) if isinstance(cache, KVCache) else step
+    is_wide = model.model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
     return DirectStep(model, cache) if device_type == "cpu" and is_wide else step
 
 
@@ -81,180 +81,197 @@ def _is_ours(model: CausalLM) -> bool:
     )
 
 
-def _by_modules(model: CausalLM, cache: KVCache, tokens: Tensor) -> Tensor:
+def _by_modules(model: CausalLM, cache: KVCache | PagedRows, tokens: Tensor) -> Tensor:
     return cast(Tensor, model(tokens, cache=cache).logits)
 
 
 class DirectStep:
     """The step on a CPU, in float32 or float64.
 
-    Reads the weights that the model's parameters have when it is made.
+    For each number of rows and tokens it is a list of calls on memory of its own, so that little is
+    made for a token.  The logits it returns are written over by the next step.  Reads the weights
+    that the model's parameters have when it is made.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache) -> None:
+    def __init__(self, model: CausalLM, cache: KVCache | PagedRows) -> None:
         decoder = model.model
-        self._cache = cache
-        self._embedding = decoder.embed_tokens.weight
-        self._positions = decoder.embed_positions
-        self._tables = None if decoder.rotary is None else decoder.rotary.tables
-        self._layers = [
-            _layer(index, cast(Block, block)) for index, block in enumerate(decoder.layers)
-        ]
+        self._model, self._cache = model, cache
+        inner = model.config.intermediate_size
+        self._layers = [_Layer(cast(Block, block), inner) for block in decoder.layers]
         self._norm, self._head = _norm(decoder.norm), _product(model.lm_head)
-        self._turn = None if self._tables is None else _Turn(self._tables, cache.keys.dtype)
-        # the caches of each layer as attention takes them, while the batch is of this size
-        self._batch, self._heads_first = -1, list[tuple[Tensor, Tensor]]()
+        # of so many rows: number of tokens of each to what is done with them
+        self._batch, self._tapes = 0, dict[int, _Tape]()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         batch, count = tokens.shape
-        cache = self._cache
+        cache, decoder = self._cache, self._model.model
         cache.check_room(batch, count)
-        stream = F.embedding(tokens, self._embedding)
-        if self._positions is not None:
-            stream = stream + self._positions(count, cache.positions(count))
-        stream = stream.view(batch * count, -1)
-        is_even = count == 1 and len(set(cache.lengths)) == 1
-        attend = self._attending_alike() if is_even else self._attending()
-        for layer in self._layers:
-            layer(stream, batch, attend)
+        if batch != self._batch:
+            self._batch, self._tapes = batch, {}
+        if count not in self._tapes:
+            self._tapes[count] = self._recorded(batch, count)
+        memory, layers, attend, end = self._tapes[count]
+        torch.index_select(decoder.embed_tokens.weight, 0, tokens.reshape(-1), out=memory.stream)
+        if decoder.embed_positions is not None:
+            learned = decoder.embed_positions(count, cache.positions(count))
+            memory.stream.view(batch, count, -1).add_(learned)
+        attend.begin()
+        for index, (before, after) in enumerate(layers):
+            for call in before:
+                call()
+            attend(index)
+            for call in after:
+                call()
+        for call in end:
+            call()
         cache.advance(count)
-        return self._head(self._norm(stream)).view(batch, count, -1)
+        return memory.logits
 
-    def _attending(self) -> _Attend:
-        def attend(layer: int, heads: Tensor, kv_heads: int, window: int | None) -> Tensor:
-            query, key, value = heads.split(
-                (heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2
-            )
-            return self._cache.attend(layer, query, key, value, window, rotary=self._tables)
-
-        return attend
-
-    def _attending_alike(self) -> _Attend:
-        """A token of every sequence, all of one length: what is asked of most steps."""
+    def _recorded(self, batch: int, count: int) -> _Tape:
+        decoder, layer = self._model.model, self._layers[0]
+        weight, rows = decoder.embed_tokens.weight, batch * count
+        num_heads, kv_heads, inner = layer.num_heads, layer.kv_heads, layer.inner
+        memory = _Memory(
+            stream=weight.new_empty(rows, weight.shape[1]),
+            normed=weight.new_empty(rows, weight.shape[1]),
+            heads=weight.new_empty(batch, count, num_heads + 2 * kv_heads, layer.head_dim),
+            attended=weight.new_empty(batch, count, num_heads, layer.head_dim),
+            wide=weight.new_empty(rows, 2 * inner),
+            inner=weight.new_empty(rows, inner),
+            logits=weight.new_empty(batch, count, self._model.config.vocab_size),
+        )
         cache = self._cache
-        if self._batch != cache.batch:
-            self._batch = cache.batch
-            self._heads_first = [
-                (keys.transpose(1, 2), values.transpose(1, 2))
-                for keys, values in zip(cache.keys, cache.values, strict=True)
-            ]
-        views, at = self._heads_first, cache.length
-        turn = None if self._turn is None else self._turn(at)
-
-        def attend(layer: int, heads: Tensor, kv_heads: int, window: int | None) -> Tensor:
-            # (B, H + 2 G, 1, D)
-            heads = heads.transpose(1, 2)
-            total = heads.shape[1]
-            value, turned = heads.narrow(1, total - kv_heads, kv_heads), heads
-            if turn is not None:
-                turned = heads.narrow(1, 0, total - kv_heads) @ turn
-            query = turned.narrow(1, 0, total - 2 * kv_heads)
-            keys, values = views[layer]
-            keys.narrow(2, at, 1).copy_(turned.narrow(1, total - 2 * kv_heads, kv_heads))
-            values.narrow(2, at, 1).copy_(value)
-            first = 0 if window is None else max(0, at + 1 - window)
-            count = at + 1 - first
-            out = F.scaled_dot_product_attention(
-                query, keys.narrow(2, first, count), values.narrow(2, first, count),
-                enable_gqa=total > 3 * kv_heads,
-            )  # fmt: skip
-            return out.transpose(1, 2)
-
-        return attend
+        windows = [layer.window for layer in self._layers]
+        tables = None if decoder.rotary is None else decoder.rotary.tables
+        attend: Attention
+        if count == 1 and isinstance(cache, KVCache) and cache.scales[0] is None:
+            attend = DirectAttention(cache, memory.heads, memory.attended, windows, tables)
+        else:
+            attend = CacheAttention(cache, memory.heads, memory.attended, windows, tables)
+        end = [
+            *self._norm(memory.stream, memory.normed),
+            *self._head(memory.normed, memory.logits.view(rows, -1)),
+        ]
+        return memory, [layer.recorded(memory) for layer in self._layers], attend, end
 
 
-class _Turn:
-    """Rotation to a position as one small matrix product, whose matrix all layers share."""
+class _Memory(NamedTuple):
+    """What the calls of a step read and write, for B rows of T tokens."""
 
-    def __init__(self, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        self._cos, self._sin = tables
-        half = self._cos.shape[1]
-        self._matrix = torch.zeros(2 * half, 2 * half, dtype=dtype)
-        # channel c becomes cos x[c] - sin x[c + D/2], and channel c + D/2 cos x[c + D/2] + sin x[c]
-        self._diagonal = self._matrix.diagonal().view(2, half)
-        self._below, self._above = self._matrix.diagonal(-half), self._matrix.diagonal(half)
-
-    def __call__(self, at: int) -> Tensor:
-        """``(D, D)``, to be multiplied with rows from the right; the next call writes it over."""
-        sin = self._sin[at]
-        self._diagonal.copy_(self._cos[at])
-        self._above.copy_(sin)
-        torch.neg(self._above, out=self._below)
-        return self._matrix
+    # (B T, C)
+    stream: Tensor
+    normed: Tensor
+    # (B, T, H + 2 G, D) and (B, T, H, D)
+    heads: Tensor
+    attended: Tensor
+    # of the feed-forward layer, (B T, 2 I) and (B T, I)
+    wide: Tensor
+    inner: Tensor
+    # (B, T, V)
+    logits: Tensor
 
 
-def _layer(index: int, block: Block) -> Callable[[Tensor, int, _Attend], None]:
-    """A block that adds to the stream ``(B * T, C)`` in place."""
-    attention, mlp = block.self_attn, block.mlp
-    norm, mlp_norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-    qkv = _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
-    add_o, add_down = _addition(attention.o_proj), _addition(mlp.down_proj)
-    widen = _widening(mlp)
-    q_norm = None if attention.q_norm is None else _norm(attention.q_norm)
-    k_norm = None if attention.k_norm is None else _norm(attention.k_norm)
-    num_heads, kv_heads = attention.num_heads, attention.num_kv_heads
-    head_dim, window = attention.head_dim, attention.window_size
-
-    def run(stream: Tensor, batch: int, attend: _Attend) -> None:
-        heads = qkv(norm(stream)).view(batch, -1, num_heads + 2 * kv_heads, head_dim)
-        if q_norm is not None and k_norm is not None:
-            query, key, value = heads.split((num_heads, kv_heads, kv_heads), dim=2)
-            heads = torch.cat((q_norm(query), k_norm(key), value), dim=2)
-        out = attend(index, heads, kv_heads, window)
-        add_o(stream, out.reshape(len(stream), -1))
-        add_down(stream, widen(mlp_norm(stream)))
-
-    return run
+# of each layer what is done before attention and what after it, and what is done at last
+_Tape = tuple[_Memory, list[tuple[list[Call], list[Call]]], Attention, list[Call]]
 
 
-def _widening(mlp: nn.Module) -> _Map:
-    """The feed-forward layer before its last product."""
+class _Layer:
+    """A block that adds to the stream in place."""
+
+    def __init__(self, block: Block, inner: int) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.num_heads, self.kv_heads = attention.num_heads, attention.num_kv_heads
+        self.head_dim, self.window = attention.head_dim, attention.window_size
+        self.inner = cast(int, getattr(mlp.up_proj, "out_features", inner))
+        self._norm = _norm(block.input_layernorm)
+        self._mlp_norm = _norm(block.post_attention_layernorm)
+        self._qkv = _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._head_norms = [
+            None if norm is None else _norm(norm) for norm in (attention.q_norm, attention.k_norm)
+        ]
+        self._add_o, self._add_down = _addition(attention.o_proj), _addition(mlp.down_proj)
+        self._widen = _widening(mlp)
+
+    def recorded(self, memory: _Memory) -> tuple[list[Call], list[Call]]:
+        """Until ``memory.heads`` is there for attention, and from ``memory.attended`` on."""
+        stream, normed = memory.stream, memory.normed
+        rows = len(stream)
+        before = [*self._norm(stream, normed), *self._qkv(normed, memory.heads.view(rows, -1))]
+        parts = memory.heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=2)
+        for norm, part in zip(self._head_norms, parts, strict=False):
+            before += [] if norm is None else norm(part, part)
+        after = [
+            *self._add_o(memory.attended.view(rows, -1), stream),
+            *self._mlp_norm(stream, normed),
+            *self._widen(normed, memory.wide, memory.inner),
+            *self._add_down(memory.inner, stream),
+        ]
+        return before, after
+
+
+def _widening(mlp: nn.Module) -> Callable[[Tensor, Tensor, Tensor], list[Call]]:
+    """The feed-forward layer before its last product, through memory twice as wide."""
     if isinstance(mlp, UngatedFeedForward):
-        up, activation = _product(mlp.up_proj), mlp.activation
-        return lambda hidden: activation(up(hidden))
+        up, alone = _product(mlp.up_proj), mlp.activation
+
+        def widened(hidden: Tensor, wide: Tensor, inner: Tensor) -> list[Call]:
+            return [*up(hidden, inner), lambda: inner.copy_(alone(inner))]
+
+        return widened
     assert isinstance(mlp, FeedForward)
-    activation = ACTIVATION_FUNCTIONS[mlp.activation]
-    both, inner = _side_by_side([mlp.gate_proj, mlp.up_proj]), mlp.gate_proj.out_features
+    activation, both = (
+        ACTIVATION_FUNCTIONS[mlp.activation],
+        _side_by_side([mlp.gate_proj, mlp.up_proj]),
+    )
 
-    def run(hidden: Tensor) -> Tensor:
-        wide = both(hidden)
-        return activation(wide.narrow(1, 0, inner)).mul_(wide.narrow(1, inner, inner))
+    def gated(hidden: Tensor, wide: Tensor, inner: Tensor) -> list[Call]:
+        gate, linear = wide.chunk(2, dim=1)
+        return [*both(hidden, wide), lambda: torch.mul(activation(gate), linear, out=inner)]
 
-    return run
+    return gated
 
 
 def _side_by_side(modules: list[nn.Module]) -> _Map:
     if all(type(module) is nn.Linear and module.weight.is_contiguous() for module in modules):
-        return joined(cast(list[nn.Linear], modules))
-    products = [_product(module) for module in modules]
-    return lambda input: torch.cat([product(input) for product in products], dim=-1)
+        return side_by_side(cast(list[nn.Linear], modules))
+
+    return lambda input, out: [lambda: torch.cat([x(input) for x in modules], dim=-1, out=out)]
 
 
 def _product(module: nn.Module) -> _Map:
     if type(module) is nn.Linear and module.weight.is_contiguous():
-        return FewRows(module.weight, module.bias)
-    return module
+        return FewRows(module.weight, module.bias).into
+    return partial(_by_module, module)
 
 
-def _addition(module: nn.Module) -> Callable[[Tensor, Tensor], object]:
-    """Adds the product of its second argument to the first, in place."""
-    product = _product(module)
-    if isinstance(product, FewRows):
-        return product.add_to
-    return lambda total, input: total.add_(product(input))
+def _addition(module: nn.Module) -> _Map:
+    """Of vectors, and of those to which the products are to be added."""
+    if type(module) is nn.Linear and module.weight.is_contiguous():
+        return FewRows(module.weight, module.bias).added
+    return lambda input, total: [lambda: total.add_(module(input))]
+
+
+def _by_module(module: Callable[[Tensor], Tensor], input: Tensor, out: Tensor) -> list[Call]:
+    return [lambda: out.copy_(module(input))]
 
 
 def _norm(module: nn.Module) -> _Map:
     """RMSNorm in five calls: what the mean divides by is in the weight and eps instead."""
     if type(module) is not RMSNorm:
-        return module
+        return partial(_by_module, module)
     size = len(module.weight)
     weight = (module.weight + module.weight_offset) * math.sqrt(size)
     # a number would be made a tensor in every call
     eps = weight.new_tensor(module.eps * size)
 
-    def run(x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return torch.mul(x, torch.addcmul(eps, norms, norms).rsqrt_()).mul_(weight)
+    def into(input: Tensor, out: Tensor) -> list[Call]:
+        norms = input.new_empty(*input.shape[:-1], 1)
+        return [
+            partial(torch.linalg.vector_norm, input, dim=-1, keepdim=True, out=norms),
+            partial(torch.addcmul, eps, norms, norms, out=norms),
+            norms.rsqrt_,
+            partial(torch.mul, input, norms, out=out),
+            partial(torch.mul, out, weight, out=out),
+        ]
 
-    return run
+    return into

@@ -14,11 +14,15 @@ from fastlm._errors import ArgumentError
 from fastlm.model.decode_step import decode_step
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.lookup import PromptLookup
+from fastlm.model.paged_kv_cache import PagedRows
 from fastlm.model.prefill import prefill
-from fastlm.model.sampling import Sampler, Sampling
+from fastlm.model.sampling import NO_TOKEN, Sampler, Sampling
 
 if TYPE_CHECKING:
     from fastlm.model.transformer import CausalLM
+
+# what keys and values are held in; None for the dtype of the weights
+KV_CACHES = {"float": None, "int8": torch.int8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class Drawn:
 
     Attributes:
         request: Number of the request.
-        token: The token.
+        token: The token; :data:`fastlm.model.sampling.NO_TOKEN` where the request's logits are not
+            finite, and then it is the last.
         logprob: Its natural log probability under the model, before temperature and filters.
         top: The most likely tokens there, with theirs, as many as were asked for.
         is_last: No more will come: it ends the text, or the request has all it asked for.
@@ -57,6 +62,15 @@ class Drawn:
     logprob: float
     top: tuple[tuple[int, float], ...]
     is_last: bool
+
+    def check(self) -> None:
+        """Raise where there is no token.
+
+        Raises:
+            FloatingPointError: The model's logits are not finite.
+        """
+        if self.token == NO_TOKEN:
+            raise FloatingPointError("generate: the model's logits are not finite")
 
 
 class Generation:
@@ -72,12 +86,16 @@ class Generation:
             log-probabilities at all.
         num_guesses: Guess up to this many tokens ahead by prompt lookup and verify them in one
             pass.  The tokens that are drawn are the same, but for rounding.
+        kv_cache: What keys and values are held in, ``"float"``, the dtype of the weights, or
+            ``"int8"``.
+        page_size: Hold them in pages of this many tokens, taken as sequences grow, which requests
+            of one prompt share; 0 for a row of the length of the longest request for each.
 
     Raises:
-        ArgumentError: A seed or a logit bias is impossible; a ValueError.
+        ArgumentError: A seed, a logit bias or one of the last two is impossible; a ValueError.
     """
 
-    _cache: KVCache
+    _cache: KVCache | PagedRows
     # of the rows; None while the model has not seen their last tokens
     _logits: Tensor | None
     _history: Tensor | None
@@ -92,7 +110,18 @@ class Generation:
         *,
         num_top: int | None = None,
         num_guesses: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> None:
+        if kv_cache not in KV_CACHES:
+            raise ArgumentError(
+                f"generate: kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}"
+            )
+        if not isinstance(page_size, int) or page_size < 0:
+            raise ArgumentError(
+                f"generate: page_size must be a whole number of at least 0, got {page_size!r}"
+            )
+        self._cache_dtype, self._page_size = KV_CACHES[kv_cache], page_size
         self._model, self._requests = model, list(requests)
         self._num_top, self._num_guesses = num_top, num_guesses
         self._counts = [0] * len(self._requests)
@@ -122,8 +151,7 @@ class Generation:
     def step(self) -> list[Drawn]:
         """The next token of every request that has not ended; several where guesses were right.
 
-        Raises:
-            FloatingPointError: The model's logits are not finite.
+        A request whose logits are not finite ends without a token, and the others go on.
         """
         if self.is_done:
             return []
@@ -149,11 +177,9 @@ class Generation:
         requests = [self._requests[n] for n in self._rows]
         self._runs_ahead = device.type != "cpu" and not self._num_guesses
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        self._cache = model.new_cache(
-            len(requests), min(longest, model.config.max_position_embeddings)
-        )
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         sources = [prompts.index(request.prompt) for request in requests]
+        self._cache = self._new_cache(requests, len(prompts))
         first = self._cache.part(0, len(prompts))
         self._logits = prefill(model, prompts, first)[sources][:, None]
         self._cache.spread(sources, first.lengths)
@@ -169,6 +195,19 @@ class Generation:
         self._guesses: list[list[int]] = [[] for _ in requests]
         self._lookups = [PromptLookup(r.prompt) for r in requests] if self._num_guesses else []
         self._has_started = True
+
+    def _new_cache(self, requests: Sequence[Request], num_prompts: int) -> KVCache | PagedRows:
+        """Room for the requests; in pages, whose rows at first are those of the prompts."""
+        context = self._model.config.max_position_embeddings
+        sizes = [min(len(r.prompt) + r.max_new_tokens, context) for r in requests]
+        if not self._page_size:
+            longest = max(sizes, default=1)
+            return self._model.new_cache(len(requests), longest, dtype=self._cache_dtype)
+        # a row takes the guesses of the others too, beyond what is left to itself
+        sizes = [min(size + self._num_guesses, context) for size in sizes]
+        pages = max(1, sum(-(-size // self._page_size) for size in sizes))
+        cache = self._model.new_paged_cache(pages, self._page_size, dtype=self._cache_dtype)
+        return cache.rows([cache.add() for _ in range(num_prompts)])
 
     def _draws_last(self) -> bool:
         """Whether every row has just drawn all it was asked for."""
@@ -256,13 +295,12 @@ class Generation:
             guesses, request = self._guesses[row], self._requests[n]
             for at, (token, *rest) in enumerate(told[row]):
                 token = int(token)
-                if token < 0:
-                    raise FloatingPointError("generate: the model's logits are not finite")
                 self._counts[n] += 1
-                is_last = token in request.end_ids or self._counts[n] == request.max_new_tokens
+                ends = token == NO_TOKEN or token in request.end_ids
+                is_last = ends or self._counts[n] == request.max_new_tokens
                 out.append(_drawn(n, token, rest, is_last))
                 self._last[row] = token
-                if self._lookups:
+                if self._lookups and token != NO_TOKEN:
                     self._lookups[row].add(token)
                 if is_last:
                     self._ended.add(n)

@@ -29,6 +29,7 @@ class PagedKVCache:
         values: Same shape and dtype.
         scales: Of int8, those of keys and of values, ``(layers, pages, page_size, G)`` float32;
             else both None.
+        max_length: Tokens that a sequence may have.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class PagedKVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.scales = new_scales(self.keys)
-        self._max_length = max_length
+        self.max_length = max_length
         # the last one is handed out first
         self._free = list(reversed(range(num_pages)))
         self._owners = [0] * num_pages
@@ -172,10 +173,10 @@ class PagedKVCache:
             if more < 0:
                 raise ValueError(f"PagedKVCache: tokens must be at least 0, got {more}")
             length, pages = self._lengths[sequence], self._pages[sequence]
-            if length + more > self._max_length:
+            if length + more > self.max_length:
                 raise ValueError(
-                    f"PagedKVCache: input must fit in the {self._max_length - length} of "
-                    f"{self._max_length} tokens that a sequence may still have, got {more}"
+                    f"PagedKVCache: input must fit in the {self.max_length - length} of "
+                    f"{self.max_length} tokens that a sequence may still have, got {more}"
                 )
             # the page that the next token goes to is the only one written to that is there already
             first = length // self.page_size
@@ -263,6 +264,16 @@ class PagedRows:
         return len(self.sequences)
 
     @property
+    def max_length(self) -> int:
+        """Tokens that a sequence may have, where there are pages for them."""
+        return self.cache.max_length
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens stored so far, of each sequence."""
         return [self.cache.length(sequence) for sequence in self.sequences]
@@ -296,6 +307,30 @@ class PagedRows:
     def part(self, start: int, end: int) -> PagedRows:
         """The rows from ``start`` to ``end`` as a batch of their own."""
         return PagedRows(self.cache, self.sequences[start:end])
+
+    def spread(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
+        """Make row b row ``sources[b]`` or a fork of it, which has ``lengths[sources[b]]``."""
+        rows = list[int]()
+        for source in sources:
+            row = self.sequences[source]
+            rows.append(self.cache.fork(row, lengths[source]) if row in rows else row)
+        self.sequences = tuple(rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the sequences ``rows``, in this order, and free the others."""
+        kept = tuple(self.sequences[row] for row in rows)
+        for sequence in set(self.sequences) - set(kept):
+            self.cache.free(sequence)
+        self.sequences = kept
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens of each sequence are kept.
+
+        Raises:
+            ValueError: A sequence has fewer.
+        """
+        for sequence, length in zip(self.sequences, lengths, strict=True):
+            self.cache.truncate(sequence, length)
 
     def positions(self, tokens: int) -> Tensor:
         return following(self._seqlens, self.lengths, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,63 +13,100 @@ MOST_ROWS = 16
 # Elements of a weight below which it fits in the cache of a core, and is left to one thread.
 _FEW_ELEMENTS = 1 << 16
 
+# Something to be done with memory that was chosen before, again and again.
+Call = Callable[[], object]
+
 
 class FewRows:
-    """``input @ weight.T + bias`` for a few rows on a CPU.
+    """``input @ weight.T + bias`` for a few rows on a CPU, as calls on memory that stays.
 
     BLAS libraries give a product with a vector, or with a few, to one thread, which cannot draw on
     all of the memory's bandwidth.  Here the rows of the weight are divided into as many blocks as
     there are threads, without a copy: a batch of products, which they do divide.
 
     Args:
-        weight: ``(N, C)``, contiguous; it is read when the product is called.
+        weight: ``(N, C)``, contiguous; it is read when a product is called.
         bias: ``(N,)``.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._transposed, self._bias = weight.t(), bias
-        size, width = weight.shape
-        blocks = torch.get_num_threads()
-        self._blocks: Tensor | None = None
-        if blocks > 1 and size % blocks == 0 and weight.numel() >= _FEW_ELEMENTS:
-            self._blocks = weight.view(blocks, size // blocks, width)
+        self._weight, self._bias = weight, bias
+        threads = torch.get_num_threads()
+        is_divided = 1 < threads <= len(weight) and weight.numel() >= _FEW_ELEMENTS
+        self._num_blocks = threads if is_divided else 1
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """``(R, C)`` to ``(R, N)``."""
-        if self._blocks is None or input.shape[0] > MOST_ROWS:
-            # one call, where F.linear makes several
-            if self._bias is None:
-                return torch.mm(input, self._transposed)
-            return torch.addmm(self._bias, input, self._transposed)
-        rows = input.shape[0]
-        # transposed and not viewed as a column, with whose strides BLAS is far slower
-        columns = input.t().expand(self._blocks.shape[0], -1, rows)
-        out = torch.bmm(self._blocks, columns).view(-1, rows).t()
-        return out if self._bias is None else out + self._bias
+    def into(self, input: Tensor, out: Tensor) -> list[Call]:
+        """Calls that write the product of what ``input`` ``(R, C)`` holds then to ``out``.
 
-    def add_to(self, total: Tensor, input: Tensor) -> None:
-        """Add the product to ``total`` ``(R, N)``, in place."""
-        if self._blocks is None and self._bias is None:
-            torch.addmm(total, input, self._transposed, out=total)
-        else:
-            total.add_(self(input))
+        ``out`` is ``(R, N)``; each of its rows is contiguous.
+        """
+        start = None if self._bias is None else self._bias[None]
+        return _calls(self._weight, self._num_blocks, input, start, out)
+
+    def added(self, input: Tensor, total: Tensor) -> list[Call]:
+        """Calls that add the product of ``input`` to ``total``, ``(R, N)``."""
+        calls = _calls(self._weight, self._num_blocks, input, total, total)
+        return calls if self._bias is None else [*calls, partial(total.add_, self._bias)]
 
 
-def joined(layers: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
-    """``(R, C)`` to the products of ``layers`` side by side, ``(R, N1 + N2 + ...)``.
+def _calls(
+    weight: Tensor, blocks: int, input: Tensor, start: Tensor | None, out: Tensor
+) -> list[Call]:
+    """The product, added to ``start`` where there is one, ``(1, N)`` or ``out`` itself."""
+    rows = input.shape[0]
+    if blocks == 1 or rows > MOST_ROWS:
+        if start is None:
+            return [partial(torch.mm, input, weight.t(), out=out)]
+        return [partial(torch.addmm, start, input, weight.t(), out=out)]
+    even = len(weight) // blocks * blocks
+    parts = weight[:even].view(blocks, -1, weight.shape[1])
+
+    def divided(x: Tensor) -> Tensor:
+        x = x[:, :even].view(len(x), blocks, -1)
+        # a vector is multiplied faster from the right, and a few of them are from the left
+        return x.permute(1, 2, 0) if rows == 1 else x.transpose(0, 1)
+
+    if rows == 1:
+        factors = parts, input.t().expand(blocks, -1, -1)
+    else:
+        factors = input.expand(blocks, -1, -1), parts.transpose(1, 2)
+    to = divided(out)
+    calls: list[Call] = []
+    if start is None:
+        calls.append(partial(torch.bmm, *factors, out=to))
+    else:
+        calls.append(
+            partial(torch.baddbmm, to if start is out else divided(start), *factors, out=to)
+        )
+    if even < len(weight):
+        to = out[:, even:]
+        rest = to if start is out else None if start is None else start[:, even:]
+        calls += _calls(weight[even:], 1, input, rest, to)
+    return calls
+
+
+def side_by_side(
+    layers: Sequence[nn.Linear],
+) -> Callable[[Tensor, Tensor], list[Call]]:
+    """Like :meth:`FewRows.into`, of the products of ``layers`` side by side.
 
     Small weights are copied together: a call less for each is more than reading them takes.
     """
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers]
     if all(weight.numel() < _FEW_ELEMENTS for weight in weights):
-        missing = [bias is None for bias in biases]
         bias = None
-        if not all(missing):
+        if any(bias is not None for bias in biases):
             bias = torch.cat([
                 weight.new_zeros(len(weight)) if bias is None else bias
                 for weight, bias in zip(weights, biases, strict=True)
             ])  # fmt: skip
-        return FewRows(torch.cat(weights), bias)
+        return FewRows(torch.cat(weights), bias).into
     products = [FewRows(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return lambda input: torch.cat([product(input) for product in products], dim=-1)
+
+    def into(input: Tensor, out: Tensor) -> list[Call]:
+        parts = out.split([len(weight) for weight in weights], dim=1)
+        pairs = zip(products, parts, strict=True)
+        return [call for product, part in pairs for call in product.into(input, part)]
+
+    return into

@@ -133,6 +133,8 @@ class CausalLM(nn.Module):
         eos_token_id: int | tuple[int, ...] | None = None,
         num_return_sequences: int = 1,
         prompt_lookup_num_tokens: int = 0,
+        kv_cache: str = "float",
+        page_size: int = 0,
     ) -> Tensor:
         """Continue token ids.
 
@@ -156,6 +158,10 @@ class CausalLM(nn.Module):
             num_return_sequences: Rows of each prompt, which follow each other; it is read once.
             prompt_lookup_num_tokens: Guess up to this many tokens ahead where a row repeats itself,
                 and verify them in one pass; what is drawn is the same but for rounding.
+            kv_cache: ``"int8"`` holds keys and values in 8 bits with a scale for each token and
+                head; ``"float"`` in the dtype of the weights.
+            page_size: Hold them in pages of this many tokens, which rows take as they grow and
+                share where they begin alike; 0 for room for the longest row in every row.
 
         Returns:
             ``(B * num_return_sequences, longest)``, prompts included; after its end a row holds the
@@ -200,9 +206,13 @@ class CausalLM(nn.Module):
             )
             for row, prompt in enumerate(rows)
         ]
-        generation = Generation(self, requests, num_guesses=prompt_lookup_num_tokens)
+        generation = Generation(
+            self, requests, num_guesses=prompt_lookup_num_tokens, kv_cache=kv_cache,
+            page_size=page_size,
+        )  # fmt: skip
         while not generation.is_done:
             for drawn in generation.step():
+                drawn.check()
                 rows[drawn.request].append(drawn.token)
         pad = self.config.pad_token_id
         pad = (eos[0] if eos else 0) if pad is None else pad
