@@ -263,7 +263,7 @@ MOST_STACK = {
 }
 
 
-# The same for attention with a window, whose third loop takes registers.
+# The same for attention in float32 with a window, whose third loop takes registers.
 MOST_STACK_WITH_WINDOW = 128
 
 
@@ -273,7 +273,7 @@ def most_stack(binary: dict[str, Any]) -> int:
     The other architectures borrow the rows of these two.
     """
     on = {name for name, value in binary["constants"].items() if value == "True"}
-    if "HAS_WINDOW" in on:
+    if "HAS_WINDOW" in on and (binary["dtype"] == "float32" or binary["op"] != "attention"):
         return MOST_STACK_WITH_WINDOW
     has_options = binary["dtype"] == "float32" or "HAS_BIAS" in on
     sizes = {int(size) for name, size in binary["constants"].items() if name.endswith("_DIM")}
