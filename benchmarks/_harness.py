@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -337,16 +338,21 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _interleaved(
     calls: dict[str, Prepare], device: str, seconds: float, *, is_long: bool
 ) -> dict[str, list[float]]:
-    """Milliseconds per call, round by round, so that drift falls on all alike."""
+    """Milliseconds per call, round by round, so that drift falls on all alike.
+
+    Each round in another order: what a call leaves in caches and heap is the next one's to pay.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for prepare in () if is_long else calls.values():
         for _ in range(2):
             timed(prepare(), device)
     least = 3 if is_long else 5
+    order, shuffle = list(calls), random.Random(0).shuffle
     start, rounds = time.perf_counter(), 0
     while calls and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
-        for name, prepare in calls.items():
-            times[name].append(1e3 * timed(prepare(), device))
+        shuffle(order)
+        for name in order:
+            times[name].append(1e3 * timed(calls[name](), device))
         rounds += 1
     return times
 

@@ -16,8 +16,10 @@ from support.attention import (
     upstream,
     with_dtypes,
 )
+from torch import Tensor
 
 import fastlm
+from fastlm.ops import attention
 from fastlm.testing import attention_inputs
 
 ALL = ("triton", "torch", "reference")
@@ -152,11 +154,68 @@ def test_double_backward_raises(device, backend):
     leaves = [x.requires_grad_() for x in attention_inputs(1, 5, 5, 1, 1, 8, device=device)]
     out = fastlm.causal_attention(*leaves, backend=backend)
     (dquery,) = torch.autograd.grad(out.sum(), leaves[:1], create_graph=True)
+    # the second is torch's, for what it is left alone with
+    message = "gradient of a gradient is not implemented|derivative for .* is not implemented"
     for leaf in leaves:
-        with pytest.raises(RuntimeError, match="gradient of a gradient is not implemented"):
+        with pytest.raises(RuntimeError, match=message):
             torch.autograd.grad(dquery.sum(), leaf)
-    with pytest.raises(RuntimeError, match="gradient of a gradient is not implemented"):
+    with pytest.raises(RuntimeError, match=message):
         dquery.sum().backward()
+
+
+def _bound(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ((40, 40), {}),
+        ((40, 40), {"scale": 0.7, "backend": "torch"}),
+        ((40, 70), {}),
+        ((1, 40), {}),
+        ((40, 40), {"window_size": 7}),
+        ((40, 40), {"key_start": _bound(0, 5, 40)}),
+        (
+            (9, 40),
+            {"key_start": _bound(0, 35, 20), "key_end": _bound(40, 36, 20), "window_size": 4},
+        ),
+    ],
+)
+def test_what_torch_does_alone_has_its_graph_and_the_same_bits(lengths, options, monkeypatch):
+    inputs = attention_inputs(3, *lengths, 2, 2, 8)
+    dout, _ = upstream(inputs[0], inputs[2])
+    expected = run(*inputs, dout=dout, **{"backend": "auto", **options})
+    monkeypatch.setattr(attention, "_forward", None)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = fastlm.causal_attention(*leaves, **options)
+    got = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+    assert_same_bits(got, (expected[0], *expected[2:]))
+    assert all(x.is_contiguous() for x in got)
+
+
+def test_torch_is_not_left_alone_with_anything_else(monkeypatch):
+    calls = []
+    forward = attention._forward
+    monkeypatch.setattr(attention, "_forward", lambda *args: calls.append(0) or forward(*args))
+    query, key, value = inputs = attention_inputs(2, 40, 40, 2, 1, 8)
+    for options in (
+        {"backend": "reference"},
+        {"return_lse": True},
+        {"softcap": 9.0},
+        {"sinks": torch.zeros(2)},
+        {"scale": 0.0},
+    ):
+        fastlm.causal_attention(*inputs, **options)
+    fastlm.causal_attention(*(x[:1] for x in inputs), cu_seqlens_q=_bound(0, 20, 40))
+    fastlm.causal_attention(query, key[:, :20], value[:, :20])
+    fastlm.causal_attention(query, key, value[..., :5])
+    fastlm.causal_attention(*(x.bfloat16() for x in inputs))
+    with fastlm.checked():
+        fastlm.causal_attention(*inputs)
+    with torch.autocast("cpu"):
+        fastlm.causal_attention(*(x.double() for x in inputs))
+    assert len(calls) == 11
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

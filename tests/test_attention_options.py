@@ -110,6 +110,16 @@ def test_a_window_over_everything_is_none(device, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_softcaps_that_no_float32_holds(device, backend):
+    inputs = attention_inputs(1, 20, 36, 2, 1, 8, device=device)
+    for softcap, same_as in ((5e-324, 1e-20), (1e-40, 1e-20), (1e39, None), (1e300, None)):
+        got = run(*inputs, backend=backend, softcap=softcap)
+        expected = run(*inputs, backend=backend, softcap=same_as)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 def test_any_scale_of_square_calls_and_documents(device, backend, scale):
     inputs = attention_inputs(*sizes(40, 40), device=device)

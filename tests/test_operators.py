@@ -241,7 +241,9 @@ def test_every_way_to_differentiate_twice_raises(name, device):
         return functools.partial(TWICE[name], **constants)(*args)
 
     scale = torch.ones((), device=device)
-    raises = functools.partial(pytest.raises, RuntimeError, match="gradient of a gradient is not")
+    # the second is torch's, for what it is left alone with
+    message = "gradient of a gradient is not|derivative for .* is not implemented"
+    raises = functools.partial(pytest.raises, RuntimeError, match=message)
     for first in (scaled, lambda x: checkpoint(scaled, x, use_reentrant=False)):
         leaf = scale.clone().requires_grad_()
         hidden = leaf * 1

@@ -99,6 +99,12 @@ def check_real(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
+def within_float32(softcap: float) -> float:
+    """A checked softcap; beyond 2**-100 and 2**100 no score that matters would change, only that
+    float32 cannot divide by it."""
+    return min(max(float(softcap), 2.0**-100), 2.0**100)
+
+
 def check_that(op: str, name: str, holds: bool, requirement: str, got: object) -> None:
     """The general form, for requirements that no other check words."""
     if not holds:

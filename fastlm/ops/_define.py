@@ -11,7 +11,7 @@ import torch
 
 from fastlm.ops import _checked, _explain
 from fastlm.ops._checks import PLAIN
-from fastlm.ops._dispatch import choose
+from fastlm.ops._dispatch import choose, first_asked
 
 # Library.define, not custom_op: half the cost of an eager call, which decoding pays in every layer.
 _library = torch.library.Library("fastlm", "DEF")
@@ -83,6 +83,21 @@ def define_op(
         return run(*args) if _nothing_intercepts(args) else registered(*args)
 
     return call
+
+
+def may_be_left_to(
+    name: str, backends: Mapping[str, str], wanted: str, args: Sequence[Any]
+) -> bool:
+    """Whether an eager call runs on backend ``name`` if that takes it, and nobody sees how.
+
+    An op may then leave the call to torch, gradient and all, instead of its operators.
+    """
+    return (
+        first_asked(backends, wanted, args) == name
+        and _nothing_intercepts(args)
+        and not _checked.is_on()
+        and not torch._C._is_any_autocast_enabled()
+    )
 
 
 def _nothing_intercepts(args: Sequence[Any]) -> bool:

@@ -83,7 +83,8 @@ def weigh(
     return Choice(None, refusals)
 
 
-def _first_asked(backends: Mapping[str, str], wanted: str, args: Sequence[Any]) -> str | None:
+def first_asked(backends: Mapping[str, str], wanted: str, args: Sequence[Any]) -> str | None:
+    """The backend that serves the call unless it refuses; None for a name of none."""
     if wanted != "auto":
         return wanted if wanted in backends else None
     on_gpu = _on_gpu(args)
@@ -104,7 +105,7 @@ def choose(
         ValueError: ``wanted`` is no backend's name.
         NotImplementedError: Every backend asked refuses; the message gives each reason.
     """
-    first = _first_asked(backends, wanted, args)
+    first = first_asked(backends, wanted, args)
     if first is not None:
         module = _load(backends[first])
         if not isinstance(module, str) and getattr(module, f"{step}_refuses")(*args) is None:

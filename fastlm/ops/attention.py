@@ -22,8 +22,10 @@ from fastlm.ops._checks import (
     check_tensor,
     check_that,
     is_distributed,
+    within_float32,
 )
-from fastlm.ops._define import define_op
+from fastlm.ops._define import define_op, may_be_left_to
+from fastlm.ops.eager.attention import with_torchs_graph
 from fastlm.ops.reference._key_ranges import Sequences
 
 MAX_HEAD_DIM = 512
@@ -116,14 +118,19 @@ def causal_attention(
         check_real("causal_attention", "scale", scale)
         scale = float(scale)
     sequences: Sequences = (cu_seqlens_q, cu_seqlens_k, key_start, key_end)
-    if any(x is not None for x in sequences):
+    if not (cu_seqlens_q is cu_seqlens_k is key_start is key_end is None):
         sequences = _check_sequences(query, key, *sequences)
     if window_size is not None or softcap is not None or sinks is not None:
         _check_options(query, window_size, softcap, sinks)
     if window_size is not None:
         window_size = min(int(window_size), _INT32_MAX)
     if softcap is not None:
-        softcap = float(softcap)
+        softcap = within_float32(softcap)
+    is_fused = softcap is sinks is None and not return_lse
+    if is_fused and may_be_left_to("torch", BACKENDS, backend, (query, key, value, *sequences)):
+        alone = with_torchs_graph(query, key, value, sequences, scale, window_size)
+        if alone is not None:
+            return alone
     if torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad

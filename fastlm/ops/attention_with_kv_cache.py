@@ -18,13 +18,13 @@ from fastlm.ops._checks import (
     check_shape,
     check_tensor,
     check_that,
+    within_float32,
 )
 from fastlm.ops._define import define_op
 
 _OP = "attention_with_kv_cache"
 MAX_HEAD_DIM = 512
 _INT32_MAX = 2**31 - 1
-_LEAST_SOFTCAP, _MOST_SOFTCAP = 2.0**-100, 2.0**100
 BACKENDS = {
     "triton": "fastlm.kernels.attention_with_kv_cache",
     "torch": "fastlm.ops.eager.attention_with_kv_cache",
@@ -143,8 +143,7 @@ def attention_with_kv_cache(
     is_free = cu_seqlens_q is None or num_splits is None
     check_that(_OP, "num_splits", is_free, "be None with cu_seqlens_q", num_splits)
     if softcap is not None:
-        # beyond these nothing changes but that float32 cannot divide by it
-        softcap = min(max(float(softcap), _LEAST_SOFTCAP), _MOST_SOFTCAP)
+        softcap = within_float32(softcap)
     if block_table is not None:
         block_table = _narrow(block_table).contiguous()
     if cu_seqlens_q is not None:

@@ -147,21 +147,27 @@ def dkdv_kernel(
     )
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    # the accumulators of wide heads leave no registers for the three loops of a window; where
+    # elements are loaded one by one tiles are smaller, and three take fewer than one
+    IS_ONE_LOOP: tl.constexpr = HAS_WINDOW and BLOCK_D + BLOCK_V > 256 and HEAD_DIM % 8 == 0
+    if IS_ONE_LOOP:
+        unmasked_start = end
     dk, dv = _gather_dkdv(
-        dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
-        stride_oh, group_size, num_queries,
+        dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr,
+        stride_qt, stride_qh, stride_ot, stride_oh, group_size, num_queries,
         start, unmasked_start, q_count, k_count, offset, window, inner, outer,
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
         FAST_CAP, PRECISION, MASKED=True,
     )  # fmt: skip
-    dk, dv = _gather_dkdv(
-        dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_qh, stride_ot,
-        stride_oh, group_size, num_queries,
-        unmasked_start, unmasked_end, q_count, k_count, offset, window, inner, outer,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
-        FAST_CAP, PRECISION, MASKED=False,
-    )  # fmt: skip
-    if HAS_WINDOW:
+    if not IS_ONE_LOOP:
+        dk, dv = _gather_dkdv(
+            dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr,
+            stride_qt, stride_qh, stride_ot, stride_oh, group_size, num_queries,
+            unmasked_start, unmasked_end, q_count, k_count, offset, window, inner, outer,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+            FAST_CAP, PRECISION, MASKED=False,
+        )  # fmt: skip
+    if HAS_WINDOW and not IS_ONE_LOOP:
         dk, dv = _gather_dkdv(
             dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr,
             stride_qt, stride_qh, stride_ot, stride_oh, group_size, num_queries,
@@ -321,19 +327,23 @@ def dq_kernel(
         first_query, q_count, k_count, offset, window, BLOCK_M, BLOCK_N, HAS_WINDOW
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    if HAS_WINDOW:
+    IS_ONE_LOOP: tl.constexpr = HAS_WINDOW and BLOCK_D + BLOCK_V > 256
+    if IS_ONE_LOOP:
+        unmasked_end = start
+    if HAS_WINDOW and not IS_ONE_LOOP:
         dq = _gather_dq(
             dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
             start, tl.minimum(unmasked_start, end), k_count, offset, window, inner, outer,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
             FAST_CAP, PRECISION, MASKED=True,
         )  # fmt: skip
-    dq = _gather_dq(
-        dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
-        unmasked_start, unmasked_end, k_count, offset, window, inner, outer,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
-        FAST_CAP, PRECISION, MASKED=False,
-    )  # fmt: skip
+    if not IS_ONE_LOOP:
+        dq = _gather_dq(
+            dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
+            unmasked_start, unmasked_end, k_count, offset, window, inner, outer,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+            FAST_CAP, PRECISION, MASKED=False,
+        )  # fmt: skip
     dq = _gather_dq(
         dq, q, dout, lse, delta, queries, k_ptr, v_ptr, stride_ks, stride_vs,
         unmasked_end, end, k_count, offset, window, inner, outer,

@@ -225,6 +225,13 @@ def uses_tf32(query: Tensor) -> bool:
     return query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _precision(query: Tensor, value: Tensor) -> str:
+    """Of products; where tf32 would leave too few registers for the addresses, full."""
+    is_wide = max(query.shape[-1], value.shape[-1]) > 256
+    is_spilling = is_wide and tuning.is_ragged(query.shape[-1], value.shape[-1], query.dtype)
+    return "tf32" if uses_tf32(query) and not is_spilling else "ieee"
+
+
 def _options(
     query: Tensor, value: Tensor, window_size: int | None, softcap: float | None
 ) -> dict[str, Any]:
@@ -238,7 +245,7 @@ def _options(
         "HAS_SOFTCAP": softcap is not None,
         # where its error stays below what a score is rounded to
         "FAST_CAP": softcap is not None and softcap <= 128.0 and query.itemsize == 2,
-        "PRECISION": "tf32" if uses_tf32(query) else "ieee",
+        "PRECISION": _precision(query, value),
         "BLOCK_D": tuning.block(head_dim),
         "BLOCK_V": tuning.block(value_dim),
         "ACC": accumulator(query.dtype),

@@ -160,20 +160,25 @@ def _tables(
     tf32: bool,
 ) -> tuple[Rows, ...]:
     """Preferred first.  An unknown arch takes its elder's."""
-    is_ragged = head_dim * dtype.itemsize % 16 or value_dim * dtype.itemsize % 16
+    ragged = is_ragged(head_dim, value_dim, dtype)
     if step == "delta":
         return (DELTA,)
     if dtype == torch.float64:
         return (FLOAT64,)
     if dtype == torch.float32:
-        if is_ragged:
+        if ragged:
             return (RAGGED_FLOAT32,)
         return (TF32, FLOAT32) if tf32 and 90 <= arch < 100 else (FLOAT32,)
-    if is_ragged:
+    if ragged:
         return (RAGGED,)
     if _BY_ARCH[max(known for known in _BY_ARCH if known <= arch)] is PORTABLE:
         return (PORTABLE,)
     return (HOPPER_WINDOW if has_window else HOPPER, PORTABLE)
+
+
+def is_ragged(head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether rows of a tile are no multiple of 16 bytes, and so loaded one element at a time."""
+    return any(dim * dtype.itemsize % 16 for dim in (head_dim, value_dim))
 
 
 def shared_memory(step: str, row: Plan, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
@@ -193,6 +198,10 @@ def shared_memory(step: str, row: Plan, head_dim: int, value_dim: int, dtype: to
     }[step]
     tiles = kept + row.num_stages * walked
     statistics = 0
+    if step == "dq" and row.num_stages == 1:
+        # loaded through registers, key is laid out for either of its two products, and the second
+        # layout may take the place of value
+        tiles += row.block_n * max(0, query - value)
     if step == "dkdv":
         # lse and delta
         statistics = 2 * row.num_stages * row.block_m

@@ -268,7 +268,7 @@ NEVER_SPILL = ("cross_entropy", "linear_cross_entropy")
 NEVER_SPILL_ON = (80, 90, 100)
 
 
-# The same for attention with a window, whose third loop takes registers.
+# The same for attention in float32 with a window, whose third loop takes registers.
 MOST_STACK_WITH_WINDOW = 128
 
 
@@ -280,7 +280,7 @@ def most_stack(binary: dict[str, Any]) -> int:
     if binary["op"] in NEVER_SPILL and binary["arch"] in NEVER_SPILL_ON:
         return 0
     on = {name for name, value in binary["constants"].items() if value == "True"}
-    if "HAS_WINDOW" in on:
+    if "HAS_WINDOW" in on and (binary["dtype"] == "float32" or binary["op"] != "attention"):
         return MOST_STACK_WITH_WINDOW
     has_options = binary["dtype"] == "float32" or "HAS_BIAS" in on
     sizes = {int(size) for name, size in binary["constants"].items() if name.endswith("_DIM")}

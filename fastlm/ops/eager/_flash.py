@@ -39,6 +39,12 @@ def flash_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tupl
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
+def flash_plain_out(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """out alone, as torch differentiates it."""
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return _cpu(q, k, v, 0.0, True, scale=scale)[0].transpose(1, 2)
+
+
 def flash_plain_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from fastlm.ops.eager._flash import (
     flash_backward,
     flash_plain,
     flash_plain_backward,
+    flash_plain_out,
     is_plain,
     ready,
     width_of,
@@ -79,6 +80,41 @@ def forward(
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return out, lse
+
+
+def with_torchs_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    scale: float,
+    window_size: int | None,
+) -> Tensor | None:
+    """out with torch's own node behind it, where on a CPU one call of its kernel is all there is.
+
+    Elsewhere None.  A node of ours is Python, which takes longer than a small call itself.
+    """
+    cu_seqlens_q, cu_seqlens_k, key_start, key_end = sequences
+    is_divided = not (cu_seqlens_q is cu_seqlens_k is key_start is key_end is None)
+    if window_size is None and not is_divided and is_plain(query, key, value):
+        return flash_plain_out(query, key, value, scale) if _fuses_causal(scale) else None
+    if not query.is_cpu or query.itemsize == 2 or query.shape[3] != value.shape[3]:
+        return None
+    if is_divided:
+        if not _is_one_call(query, key):
+            return None
+        # a query that sees nothing gets 0 from torch, and gives 0
+        only = _Block(_ALL, _ALL, added=_padded_mask(query, key, key_start, key_end, window_size))
+    else:
+        if query.shape[1] > _fused_queries(window_size):
+            return None
+        blocks = _blocks(query, key, sequences, scale, window_size, True)
+        if (found := _only(blocks, query, key)) is None:
+            return None
+        only = found
+    q, k, v = (ready(x, query.shape[3]) for x in (query, key, value))
+    out, _ = flash(q, k, v, scale, causal=only.causal, added=only.added)
+    return finish(out, query)
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +313,7 @@ def _blocks(
 ) -> Iterable[_Block]:
     cu_seqlens_q, _, key_start, key_end = sequences
     is_divided = not (cu_seqlens_q is key_start is key_end is None)
-    (batch, num_queries, heads, _), num_keys = query.shape, key.shape[1]
+    (batch, num_queries, _, _), num_keys = query.shape, key.shape[1]
     fuses_causal = fused and _fuses_causal(scale)
     if window_size is None and not is_divided and batch > 0:
         # what most calls are, and where each microsecond counts
@@ -287,9 +323,9 @@ def _blocks(
             return [_ROW]
     if is_divided and not query.is_cpu:
         return _unread_blocks(query, key, sequences, window_size)
-    is_small = 0 < heads * num_queries * num_keys <= _SMALL_SCORES
-    if fused and is_small and batch > 1 and is_divided:
-        return [_padded_block(query, key, key_start, key_end, window_size)]
+    if fused and is_divided and _is_one_call(query, key):
+        added = _padded_mask(query, key, key_start, key_end, window_size)
+        return [_Block(_ALL, _ALL, added=added, blind=added.amax(-1) == -torch.inf)]
     masks: dict[tuple[int, ...], Tensor] = {}
     return [
         block
@@ -298,14 +334,20 @@ def _blocks(
     ]
 
 
-def _padded_block(
+def _is_one_call(query: Tensor, key: Tensor) -> bool:
+    """Whether padded rows take less time together, with a mask, than one by one."""
+    batch, num_queries, heads, _ = query.shape
+    return batch > 1 and 0 < heads * num_queries * key.shape[1] <= _SMALL_SCORES
+
+
+def _padded_mask(
     query: Tensor,
     key: Tensor,
     key_start: Tensor | None,
     key_end: Tensor | None,
     window_size: int | None,
-) -> _Block:
-    """All rows at once, each with the mask of its padding."""
+) -> Tensor:
+    """``(B, 1, T, S)``, 0 and -inf: of all rows at once, each with its padding."""
     num_queries, num_keys = query.shape[1], key.shape[1]
     width = num_keys if window_size is None else window_size
     added = added_band(num_queries, num_keys, num_keys - num_queries, width, query)
@@ -314,8 +356,13 @@ def _padded_block(
         if bound is not None:
             hidden = torch.where(hides(keys, bound[:, None]), -torch.inf, 0.0)
             added = added + hidden[:, None].to(added.dtype)
-    blind = added.amax(-1) == -torch.inf
-    return _Block(_ALL, _ALL, added=added[:, None], blind=blind[:, None])
+    return added[:, None]
+
+
+def _fused_queries(window_size: int | None) -> int:
+    """How many of a block that is fused with a mask."""
+    is_narrow = window_size is not None and window_size < 4 * _FUSED_QUERIES
+    return _FUSED_QUERIES if is_narrow else 2 * _FUSED_QUERIES
 
 
 @dataclass(frozen=True)
@@ -390,7 +437,7 @@ def _blocks_of(
             return
     # the queries after it see no key any more
     num_queries = min(num_queries, num_keys - 1 + window_size - offset)
-    step = _FUSED_QUERIES if window_size < 4 * _FUSED_QUERIES else 2 * _FUSED_QUERIES
+    step = _fused_queries(window_size)
     if not fused:
         rows = len(range(query.shape[0])[sequence.rows]) * query.shape[2]
         step = max(16, _WRITTEN_SCORES // (rows * min(num_keys, window_size)))
