@@ -123,6 +123,8 @@ DELTA: Rows = {
 MAX_HEAD_DIM = 512
 # Keys and values that programs running at the same time share; below the L2 of sm_80, 40 MB.
 SECTION_BYTES = 32 * 2**20
+# Shared memory for the barriers that sm_100 waits at.
+_BARRIERS = 64
 
 _BY_ARCH = {
     80: PORTABLE, 86: PORTABLE, 89: PORTABLE, 90: HOPPER, 100: HOPPER, 120: PORTABLE,
@@ -184,8 +186,8 @@ def is_ragged(head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
 def shared_memory(step: str, row: Plan, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
     """Bytes that a program takes at most.
 
-    Tiles that it keeps, once; tiles that it walks over, for every stage; and a tile of scores in
-    the precision they are added in.
+    Tiles that it keeps, once; tiles that it walks over, for every stage; one of these laid out for
+    another of its products; and tiles of scores in the precision they are added in.
     """
     wide = max(4, dtype.itemsize)
     if step == "delta":
@@ -197,18 +199,17 @@ def shared_memory(step: str, row: Plan, head_dim: int, value_dim: int, dtype: to
         "dkdv": (row.block_n * (query + value), row.block_m * (query + value)),
     }[step]
     tiles = kept + row.num_stages * walked
-    statistics = 0
+    scores = row.block_m * row.block_n
     if step == "dq" and row.num_stages == 1:
         # loaded through registers, key is laid out for either of its two products, and the second
         # layout may take the place of value
         tiles += row.block_n * max(0, query - value)
     if step == "dkdv":
-        # lse and delta
-        statistics = 2 * row.num_stages * row.block_m
-        if row.num_stages == 1:
-            # loaded through registers, query or dout is laid out for either of its two products
-            tiles += row.block_m * max(query, value)
-    return tiles * dtype.itemsize + (statistics + row.block_m * row.block_n) * wide
+        # query or dout for either of its two products: through registers, or on sm_100
+        tiles += row.block_m * max(query, value)
+        # two tiles on sm_100; lse and delta
+        scores = 2 * scores + 2 * row.num_stages * row.block_m
+    return tiles * dtype.itemsize + scores * wide + _BARRIERS
 
 
 def block(dim: int) -> int:
