@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
-from unittest import mock
 
 import pytest
 
@@ -43,6 +42,8 @@ VARIANTS = {
 }
 # what a sanitizer ends a program with
 SANITIZER_OPTIONS = {"TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "exitcode=66"}
+
+NEEDS = "CUDA C++ on this machine needs"
 
 
 def build_py() -> dict[str, Any]:
@@ -72,7 +73,7 @@ def needed(program: str) -> str:
 
 def missing(what: str) -> NoReturn:
     """Fails in CI, where everything must run, and skips elsewhere."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {what}")
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{NEEDS} {what}")
 
 
 def sources_in(*folders: Path) -> list[Path]:
@@ -179,8 +180,14 @@ def host_library(csrc: Path = CSRC) -> Path:
 @contextlib.contextmanager
 def in_place_of_the_extension(module: ModuleType) -> Iterator[ModuleType]:
     """``fastlm._C`` is ``module``."""
-    with mock.patch.dict(sys.modules, {"fastlm._C": module}):
+    before = sys.modules.get("fastlm._C")
+    sys.modules["fastlm._C"] = module
+    try:
         yield module
+    finally:
+        del sys.modules["fastlm._C"]
+        if before is not None:
+            sys.modules["fastlm._C"] = before
 
 
 @contextlib.contextmanager
