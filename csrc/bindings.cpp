@@ -42,19 +42,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("host") = false;
 #endif
 
-  py::enum_<Dtype>(m, "Dtype")
+  py::enum_<Dtype>(m, "Dtype", py::module_local())
       .value("float32", Dtype::kFloat32)
       .value("bfloat16", Dtype::kBfloat16)
       .value("float16", Dtype::kFloat16)
       .value("float64", Dtype::kFloat64);
 
-  py::class_<LossPlan>(m, "LossPlan")
+  py::class_<LossPlan>(m, "LossPlan", py::module_local())
       .def(py::init([](int threads, int blocks_per_row) {
              return LossPlan{threads, blocks_per_row};
            }),
            py::kw_only(), "threads"_a, "blocks_per_row"_a);
 
-  py::class_<LossRows>(m, "LossRows")
+  py::class_<LossRows>(m, "LossRows", py::module_local())
       .def(py::init([](Address logits, Address targets, Address weight, Address weight_sum,
                        int64_t rows, int64_t inner, int64_t stride_outer, int64_t stride_inner,
                        int64_t stride_vocab, int64_t vocab_size, int64_t ignore_index,

@@ -19,12 +19,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
+from support.memory import in_child
+from support.mutants import Mutant
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -111,11 +114,12 @@ def compiled(
     """The object of one file; ``reads`` are the files it includes, by default all of both."""
     if reads is None:
         reads = sources_in(csrc, HOST)
-    command = [needed("g++"), *FLAGS, *flags, "-isystem", cuda_headers()]
-    folders = ["-I", csrc, "-I", HOST]
+    if csrc != CSRC:
+        flags += ("-w",)  # a bug may leave something unused
+    command = [needed("g++"), *FLAGS, *flags, "-isystem", cuda_headers(), "-I", HOST]
 
     def make(path: Path) -> None:
-        _run(*command, *folders, "-x", "c++", "-c", source, "-o", path)
+        _run(*command, "-I", csrc, "-x", "c++", "-c", source, "-o", path)
 
     return _made(f"{source.stem}.o", [source, *reads], command, make)
 
@@ -139,10 +143,11 @@ def shim() -> list[Path]:
     ]
 
 
-def program(source: Path, variant: str) -> Path:
+def program(source: Path, variant: str, csrc: Path = CSRC) -> Path:
     """A program that launches kernels by itself, in one of the three variants."""
     flags = VARIANTS[variant]
-    objects = [compiled(path, *flags) for path in (source, *sorted(CSRC.glob("*.cu")))]
+    sources = (source, *sorted(csrc.glob("*.cu")))
+    objects = [compiled(path, *flags, csrc=csrc) for path in sources]
     return linked(f"{source.stem}-{variant}", [*objects, *shim()], *flags)
 
 
@@ -154,7 +159,10 @@ def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def host_module(csrc: Path = CSRC) -> ModuleType:
     """``fastlm._C`` made of the sources in ``csrc``, for CPU tensors."""
-    library = host_library(csrc)
+    return loaded(host_library(csrc))
+
+
+def loaded(library: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
     spec = importlib.util.spec_from_file_location("_C", library, loader=loader)
     assert spec is not None
@@ -188,6 +196,39 @@ def in_place_of_the_extension(module: ModuleType) -> Iterator[ModuleType]:
         del sys.modules["fastlm._C"]
         if before is not None:
             sys.modules["fastlm._C"] = before
+
+
+@contextlib.contextmanager
+def mutated(mutant: Mutant) -> Iterator[Path]:
+    """A copy of csrc/ with a planted bug.
+
+    Raises:
+        ValueError: ``old`` is not in the file exactly once.
+    """
+    source = (ROOT / mutant.file).read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant}: old text is {source.count(mutant.old)} times in {mutant.file}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "csrc"
+        shutil.copytree(CSRC, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy / Path(mutant.file).name).write_text(source.replace(mutant.old, mutant.new))
+        yield copy
+
+
+def killed(mutant: Mutant, check: Callable[[], object]) -> bool:
+    """Whether ``check``, which passes without the bug, fails with it in place of ``fastlm._C``."""
+    with mutated(mutant) as csrc:
+        library = host_library(csrc)
+
+        def check_mutant() -> None:
+            with in_place_of_the_extension(loaded(library)):
+                check()
+
+        try:
+            in_child(check_mutant)
+        except AssertionError:
+            return True
+    return False
 
 
 @contextlib.contextmanager

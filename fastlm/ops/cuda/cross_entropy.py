@@ -171,14 +171,13 @@ def _rows(
     )
 
 
-def threads_of(vocab_size: int) -> int:
-    """Threads of a block."""
-    return next(threads for limit, threads in THREADS if vocab_size <= limit)
+def plan(vocab_size: int, itemsize: int) -> tuple[int, int]:
+    """Threads of a block, and blocks of the backward kernel for a row."""
+    threads = next(threads for limit, threads in THREADS if vocab_size <= limit)
+    elements = threads * GROUPS_PER_THREAD * 16 // itemsize
+    return threads, min(-(-vocab_size // elements), _MOST_BLOCKS_PER_ROW)
 
 
 def _plan(input: Tensor) -> Any:
-    vocab_size = input.shape[-1]
-    threads = threads_of(vocab_size)
-    elements = threads * GROUPS_PER_THREAD * 16 // input.element_size()
-    blocks_per_row = min(-(-vocab_size // elements), _MOST_BLOCKS_PER_ROW)
+    threads, blocks_per_row = plan(input.shape[-1], input.element_size())
     return kernels().LossPlan(threads=threads, blocks_per_row=blocks_per_row)
