@@ -9,9 +9,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.cuda_host import CSRC, ROOT, build_py, missing, needed
+
+import fastlm
+from fastlm.ops.cuda import _extension
 
 MOST_INSTANTIATIONS = 30
 MOST_REGISTERS = 128  # two blocks of 256 threads share a multiprocessor
@@ -94,7 +99,7 @@ def test_loads_without_torch_and_says_what_it_is(built):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["archs"], told["host"]) == (archs, False)
-    assert not re.search(r"torch|c10|libcudart", told["maps"])
+    assert not re.search(r"libtorch|libc10|libcudart", told["maps"])
     if not Path("/proc/driver/nvidia").exists():
         assert re.match(
             r"cross_entropy_forward did not start: .*driver.* \(grid \(3, 1\), 64 threads and "
@@ -128,3 +133,24 @@ def test_an_arch_it_does_not_know_is_refused(archs):
     build = build_py()
     with pytest.raises(build["BuildError"], match="FASTLM_CUDA_ARCHS must be like 75;80"):
         build["gencodes"](archs)
+
+
+@pytest.mark.parametrize("archs, served, others", [
+    ("80", (80, 86, 89), (75, 90, 100)),
+    ("90a", (90,), (80, 100)),
+    ("75;80;90a;100+PTX", (75, 80, 86, 89, 90, 100, 103, 120), (70, 72)),
+])  # fmt: skip
+def test_an_arch_serves_its_generation_and_ptx_what_is_newer(archs, served, others):
+    assert all(_extension.serves(archs, arch) for arch in served)
+    assert not any(_extension.serves(archs, arch) for arch in others)
+
+
+@pytest.mark.parametrize("module, message", [
+    (None, r"fastlm._C is not built \(FASTLM_BUILD_CUDA=1 builds it"),
+    (SimpleNamespace(host=False, archs="80"), "input is on cpu: fastlm._C needs a CUDA device"),
+])  # fmt: skip
+def test_refuses_what_the_extension_cannot_serve(module, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastlm._C", module)
+    logits, targets = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match=f"cuda refused: {message}"):
+        fastlm.cross_entropy(logits, targets, backend="cuda")
