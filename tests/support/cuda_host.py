@@ -115,7 +115,7 @@ def compiled(
     if reads is None:
         reads = sources_in(csrc, HOST)
     if csrc != CSRC:
-        flags += ("-w",)  # a bug may leave something unused
+        flags += ("-w", "-g0")  # a bug may leave something unused
     command = [needed("g++"), *FLAGS, *flags, "-isystem", cuda_headers(), "-I", HOST]
 
     def make(path: Path) -> None:
