@@ -163,8 +163,10 @@ def host_module(csrc: Path = CSRC) -> ModuleType:
 
 
 def loaded(library: Path) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
-    spec = importlib.util.spec_from_file_location("_C", library, loader=loader)
+    # a name of its own: of two modules of one name pybind11 hands out the first again
+    name = f"{library.parent.name}._C"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_file_location(name, library, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
