@@ -10,12 +10,13 @@ SOURCES := setup.py pyproject.toml constraints.txt
 # seen from inside a virtual environment: where the packages of .venv are
 PACKAGES = $(shell .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: help demo test test-all test-floor lint clean
+.PHONY: help demo test test-all test-cuda test-floor lint clean
 
 help:
 	@echo "make demo        train a small model on real text, sample from it, plot its next token"
 	@echo "make test        the tests, about 13 minutes on 2 cores"
 	@echo "make test-all    the long ones too: fuzzing, mutations, every GPU architecture"
+	@echo "make test-cuda   all of csrc/: compiled for every GPU, and run on a CPU under sanitizers"
 	@echo "make test-floor  import and compile every kernel with the oldest Triton we support"
 	@echo "make lint        ruff, and mypy on the built wheel"
 	@echo "make clean       remove the environments and what builds leave behind"
@@ -28,6 +29,9 @@ test: .venv/.test
 
 test-all: .venv/.test
 	$(PYTEST)
+
+test-cuda: .venv/.test
+	$(PYTEST) -k cuda tests/test_cuda_*.py tests/test_cross_entropy.py tests/test_loss_options.py
 
 # mypy cannot follow package_dir, so it reads the installed wheel, from outside the root.
 lint: .venv-lint/.tools

@@ -377,6 +377,7 @@ def test_doctor_finds_nothing_broken(quick_doctor, capsys):
     printed = capsys.readouterr().out
     assert "nothing is broken" in printed
     assert "torch 2." in printed
+    assert "extension fastlm._C is not built" in printed
 
 
 def test_doctor_as_json_says_which_backend_serves_and_why_not_the_others(quick_doctor, capsys):

@@ -20,7 +20,7 @@ LONGEST_FILE = 600
 # Lowest first.  A module may import its own layer's folder and the layers below, never one above.
 LAYERS = [
     ("fastlm.kernels", "fastlm.ops.reference"),
-    ("fastlm.ops.eager",),
+    ("fastlm.ops.eager", "fastlm.ops.cuda"),
     ("fastlm.ops",),
     ("fastlm.compat",),
     ("fastlm.functional",),
@@ -61,6 +61,8 @@ ROOMS = {
     r"\b(eval|exec)\(": [],
 }  # fmt: skip
 
+CPP = (".cu", ".cuh", ".cpp", ".h")
+
 # Anything that ties a file to one machine or one registry, or that was left for later.
 NOWHERE = r"index-url|find-links|https?://[^ ]*(pypi|pythonhosted)|\bTO" + r"DO\b|\bFIX" + r"ME\b"
 MACHINE_PATHS = r"(?<![\w.])/(work|home|opt|root|Users)/"
@@ -74,9 +76,9 @@ def package_files() -> list[Path]:
 
 @cache
 def all_files() -> list[Path]:
-    folders = ("fastlm", "kernels", "benchmarks", "tests", "docs", ".ci")
+    folders = ("fastlm", "kernels", "csrc", "benchmarks", "tests", "docs", ".ci")
     inside = [path for folder in folders for path in (ROOT / folder).rglob("*")]
-    text = {".py", ".md", ".sh", ".toml", ".txt", ".in", ".yaml", ""}
+    text = {".py", ".md", ".sh", ".toml", ".txt", ".in", ".yaml", "", *CPP}
     return sorted(
         path
         for path in [*inside, *ROOT.glob("*")]
@@ -225,7 +227,8 @@ def test_no_file_is_too_long():
     too_long = {
         shown(path): length
         for path in all_files()
-        if path.suffix == ".py" and (length := len(path.read_text().splitlines())) > LONGEST_FILE
+        if path.suffix in (".py", *CPP)
+        and (length := len(path.read_text().splitlines())) > LONGEST_FILE
     }
     assert not too_long
 
@@ -293,3 +296,8 @@ def test_picture_of_the_tree_is_the_tree():
     drawn = {line.split()[0] for line in picture.splitlines() if line and line[0] not in " #"}
     real = {shown(path) for path in package_files() if path.name != "__init__.py"}
     assert {name for name in drawn if name.endswith(".py")} == real
+    named = {
+        name.rstrip(",") for line in picture.splitlines() for name in line.split("  ")[0].split()
+    }
+    sources = {path.name for path in (ROOT / "csrc").iterdir() if path.suffix in CPP}
+    assert {Path(name).name for name in named if Path(name).suffix in CPP} == sources

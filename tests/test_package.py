@@ -22,6 +22,7 @@ import fastlm
 
 ROOT = Path(__file__).parent.parent
 MOUNTED = {"fastlm.kernels": "kernels", "fastlm.benchmarks": "benchmarks"}
+SOURCES = (".py", ".md", ".sh", ".cu", ".cuh", ".cpp", ".h")
 NOT_SOURCE = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "results")
 
 # Prints the modules an installation offers, without importing any of them but fastlm.
@@ -137,9 +138,9 @@ def test_sdist_holds_what_tests_and_benchmarks_need(built, source):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     missing = {
         str(path.relative_to(source))
-        for folder in ("fastlm", "kernels", "benchmarks", "tests", "docs")
+        for folder in ("fastlm", "kernels", "csrc", "benchmarks", "tests", "docs")
         for path in (source / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".sh") and "results" not in path.parts
+        if path.suffix in SOURCES and "results" not in path.parts
     } - names
     assert not missing
     assert {"LICENSE", "CHANGELOG.md", "README.md", "Makefile", "constraints.txt"} <= names

@@ -66,6 +66,7 @@ def examine() -> dict[str, Any]:
         return report
     devices = _devices()
     report["devices"] = devices
+    report["extension"] = _extension()
     if len(devices) == 1 and shutil.which("nvidia-smi"):
         report["hints"].append("nvidia-smi is here, but this build of torch sees no GPU")
     kinds = ["cpu", *(["cuda"] if len(devices) > 1 else [])]
@@ -86,6 +87,7 @@ def described(report: dict[str, Any]) -> str:
         f"fastlm {report['fastlm']}, Python {report['python']}, {report['platform']}",
         installed,
         *(f"device    {device}" for device in report.get("devices", [])),
+        *([f"extension {report['extension']}"] if "extension" in report else []),
     ]
     for kind, ops in report.get("backends", {}).items():
         lines += ["", f"backends chosen on {kind}"]
@@ -225,6 +227,12 @@ def _devices() -> list[str]:
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
     return found
+
+
+def _extension() -> str:
+    from fastlm.ops.cuda._extension import description
+
+    return description()
 
 
 def _version(package: str) -> str | None:

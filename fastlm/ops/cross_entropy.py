@@ -28,6 +28,7 @@ from fastlm.ops.reference.cross_entropy import classify
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = {
     "triton": "fastlm.kernels.cross_entropy",
+    "cuda": "fastlm.ops.cuda.cross_entropy",
     "torch": "fastlm.ops.eager.cross_entropy",
     "reference": "fastlm.ops.reference.cross_entropy",
 }
@@ -105,8 +106,8 @@ def cross_entropy(
     Agrees with :func:`torch.nn.functional.cross_entropy`, except that classes are in the last
     dimension and that the loss is float32 for low-precision logits.  Reads the logits once going
     forward, statistics included (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867,
-    algorithm 3), and leaves them unchanged.  The triton backend never copies them, whatever their
-    strides; the torch backend does where leading dimensions do not merge into one.
+    algorithm 3), and leaves them unchanged.  The kernels never copy them, whatever their strides;
+    the torch backend does where leading dimensions do not merge into one.
 
     Args:
         input: Logits ``(..., V)``; float32, bfloat16, float16 or float64.
@@ -125,7 +126,7 @@ def cross_entropy(
             weights; with ``"mean"``, averaged over those positions (PaLM, 2022,
             https://arxiv.org/abs/2204.02311).
         return_stats: Also return :class:`LossStats`.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A scalar, or ``(...)`` with ``reduction="none"``; float32, float64 for float64 logits.  The

@@ -7,16 +7,14 @@ import triton
 from torch import Tensor
 
 from .._launch import accumulator, launch
+from .._rows import refuses_rows, row_layout
 from .._runtime import refuses_device
 from . import tuning
 from .kernel import backward_kernel, forward_kernel
 
 
 def _refuses(input: Tensor) -> str | None:
-    reason = refuses_device(input, "input")
-    if reason is None and _rows(input) is None:
-        reason = f"the leading dimensions of input, strides {input.stride()}, do not merge into two"
-    return reason
+    return refuses_device(input, "input") or refuses_rows(input, "input")
 
 
 def forward_refuses(
@@ -76,7 +74,7 @@ def forward(
         forward_kernel, (target.numel(),),
         input, target.contiguous(), *weights,
         losses, maximum, log_sum, logprobs, entropy, predictions,
-        *_layout(input), input.stride(-1), vocab_size, ignore_index,
+        *row_layout(input), input.stride(-1), vocab_size, ignore_index,
         label_smoothing, softcap or 0.0, logit_scale,
         HAS_WEIGHT=weight is not None, HAS_SOFTCAP=softcap is not None,
         SMOOTHED=label_smoothing > 0, NEED_STATS=need_stats,
@@ -117,7 +115,7 @@ def backward(
     launch(
         backward_kernel, (target.numel() * blocks_per_row,),
         *upstream, input, target.contiguous(), *weights, maximum, log_sum, entropy, dinput,
-        *_layout(input), input.stride(-1), vocab_size, ignore_index, blocks_per_row,
+        *row_layout(input), input.stride(-1), vocab_size, ignore_index, blocks_per_row,
         label_smoothing, softcap or 0.0, logit_scale,
         HAS_WEIGHT=weight is not None, HAS_SOFTCAP=softcap is not None,
         SMOOTHED=label_smoothing > 0, HAS_DSTATS=has_dstats, HAS_DENTROPY=dentropy is not None,
@@ -140,29 +138,3 @@ def _weights(weight: Tensor | None, like: Tensor, label_smoothing: float) -> tup
         return like, like
     weight = weight.to(like.dtype).contiguous()
     return weight, weight.sum() if label_smoothing > 0 else like
-
-
-def _layout(input: Tensor) -> tuple[int, int, int]:
-    """``inner, stride_outer, stride_inner`` of the rows of ``input``."""
-    rows = _rows(input)
-    assert rows is not None, "refused above"
-    (_, stride_outer), (inner, stride_inner) = rows
-    return inner, stride_outer, stride_inner
-
-
-def _rows(input: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The leading dimensions merged into ``(outer, stride), (inner, stride)``; or None."""
-    if input.numel() == 0:
-        return (0, 0), (0, 0)
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(input.shape[:-1], input.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        return None
-    outer, inner = [(1, 0)] * (2 - len(merged)) + merged
-    return outer, inner

@@ -14,7 +14,7 @@ from fastlm.kernels import cross_entropy as kernels
 from fastlm.kernels.cross_entropy import tuning
 from fastlm.testing import assert_all_as_accurate, run
 
-BACKENDS = ["triton", "torch", "reference"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = 16  # of the tiny plan
 # weight, ignore_index, label_smoothing, softcap, logit_scale

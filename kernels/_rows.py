@@ -1,0 +1,41 @@
+"""Where the rows of a tensor are, for kernels that read them in place."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def refuses_rows(input: Tensor, name: str) -> str | None:
+    """Why the rows of ``input``, called ``name``, have no :func:`row_layout`, or None."""
+    if _merged(input) is not None:
+        return None
+    return f"the leading dimensions of {name}, strides {input.stride()}, do not merge into two"
+
+
+def row_layout(input: Tensor) -> tuple[int, int, int]:
+    """``inner, stride_outer, stride_inner``, in elements.
+
+    Row r of the last dimension is at ``r // inner * stride_outer + r % inner * stride_inner``.
+    """
+    rows = _merged(input)
+    assert rows is not None, "refused above"
+    (_, stride_outer), (inner, stride_inner) = rows
+    return inner, stride_outer, stride_inner
+
+
+def _merged(input: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The leading dimensions merged into ``(outer, stride), (inner, stride)``; or None."""
+    if input.numel() == 0:
+        return (0, 0), (0, 0)
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(input.shape[:-1], input.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return None
+    outer, inner = [(1, 0)] * (2 - len(merged)) + merged
+    return outer, inner
