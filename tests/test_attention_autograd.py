@@ -194,6 +194,16 @@ def test_what_torch_does_alone_has_its_graph_and_the_same_bits(lengths, options,
     assert all(x.is_contiguous() for x in got)
 
 
+@pytest.mark.parametrize("options", [{}, {"window_size": 7}], ids=str)
+def test_out_is_contiguous_whatever_the_layout(options):
+    heads_first = [x.transpose(1, 2).contiguous() for x in attention_inputs(2, 40, 40, 2, 2, 8)]
+    shared = torch.randn(1, 40, 1, 8).expand(2, 40, 2, 8)
+    for inputs in ([x.transpose(1, 2) for x in heads_first], [shared] * 3):
+        assert fastlm.causal_attention(*inputs, **options).is_contiguous()
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        assert fastlm.causal_attention(*inputs, **options).is_contiguous()
+
+
 def test_torch_is_not_left_alone_with_anything_else(monkeypatch):
     calls = []
     forward = attention._forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from support.attention import assert_same_bits, backends, blocks, run, upstream
 from support.captured import captured
+from support.interpreter import interpreted_only
 from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
 from fastlm.ops.eager import _flash
@@ -224,6 +227,25 @@ def test_checkpoints_give_the_same_gradients(names, how, forwards, device, monke
     assert len(calls) == forwards
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
+
+
+WATCHES = {"checked": fastlm.checked, "profiler": torch.profiler.profile, "flops": FlopCounterMode}
+
+
+@interpreted_only
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+@pytest.mark.parametrize("watch", WATCHES)
+def test_a_checkpoint_of_which_one_half_is_watched(watch, watched):
+    leaves = [x.requires_grad_() for x in attention_inputs(2, 8, 8, 4, 2, 8)]
+    halves = {"forward": contextlib.nullcontext(), "backward": contextlib.nullcontext()}
+    halves[watched] = WATCHES[watch]()
+    with halves["forward"]:
+        out = checkpoint(fastlm.causal_attention, *leaves, use_reentrant=False)
+    with halves["backward"]:
+        got = torch.autograd.grad(out.square().sum(), leaves)
+    want = torch.autograd.grad(fastlm.causal_attention(*leaves).square().sum(), leaves)
+    for mine, alone in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, alone)
 
 
 # Autocast

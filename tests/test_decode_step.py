@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 from support.models import scramble, tiny_model
+from torch.nn.modules.module import register_module_forward_hook
 
 import fastlm
 from fastlm.model import graphed_step
@@ -103,6 +104,15 @@ def test_a_step_follows_rows_that_leave():
 
 
 @torch.inference_mode()
+def test_a_step_keeps_the_memory_of_its_widest():
+    model = tiny_model()
+    cache = model.new_cache(2, 64)
+    step = DirectStep(model, cache)
+    logits = [step(torch.zeros(2, count, dtype=torch.int64)) for count in (1, 5, 3, 5, 2, 1)]
+    assert len({x.untyped_storage().data_ptr() for x in logits[1:]}) == 1
+
+
+@torch.inference_mode()
 def test_a_step_beyond_the_cache_is_refused():
     model = tiny_model()
     cache = model.new_cache(1, 3)
@@ -118,6 +128,9 @@ def test_whoever_watches_modules_sees_them():
     with fastlm.checked():
         assert not isinstance(decode_step(model, cache), DirectStep)
     handle = model.model.norm.register_forward_hook(lambda *_: None)
+    assert not isinstance(decode_step(model, cache), DirectStep)
+    handle.remove()
+    handle = register_module_forward_hook(lambda *_: None)
     assert not isinstance(decode_step(model, cache), DirectStep)
     handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +149,9 @@ class Shifted(fastlm.CausalLM):
         return out._replace(logits=out.logits.roll(1, -1))
 
 
-@pytest.mark.parametrize("place", ["mlp", "embedding", "model", "method", "norm", "linear"])
+@pytest.mark.parametrize(
+    "place", ["mlp", "embedding", "model", "method", "norm", "linear", "width"]
+)
 @torch.inference_mode()
 def test_modules_of_others_decode_as_they_are(place):
     model = tiny_model()
@@ -152,6 +167,8 @@ def test_modules_of_others_decode_as_they_are(place):
     elif place == "norm":
         model.model.norm = torch.nn.LayerNorm(32, elementwise_affine=False)
         model.model.norm.forward = lambda x, residual: (x + residual, x)
+    elif place == "width":
+        model.model.layers[1].mlp = tiny_model(intermediate_size=40).model.layers[1].mlp
     else:
         model.model.layers[0].self_attn.q_proj = torch.nn.Sequential(
             model.model.layers[0].self_attn.q_proj, torch.nn.Tanh()

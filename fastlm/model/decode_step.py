@@ -46,7 +46,11 @@ def decode_step(model: CausalLM, cache: KVCache | PagedRows) -> Step:
     """
     step = partial(_by_modules, model, cache)
     device_type = cache.device.type
-    is_watched = _checked.is_on() or torch.is_autocast_enabled(device_type)
+    is_watched = (
+        _checked.is_on()
+        or torch.is_autocast_enabled(device_type)
+        or nn.modules.module._has_any_global_hook()
+    )
     if is_watched or not _is_ours(model):
         return step
     if device_type == "cuda":
@@ -89,8 +93,8 @@ class DirectStep:
     """The step on a CPU, in float32 or float64.
 
     For each number of rows and tokens it is a list of calls on memory of its own, so that little is
-    made for a token.  The logits it returns are written over by the next step.  Reads the weights
-    that the model's parameters have when it is made.
+    made for a token.  The logits it returns are written over by the next step.  The weights are to
+    stay as they are for as long as it is used.
     """
 
     def __init__(self, model: CausalLM, cache: KVCache | PagedRows) -> None:
@@ -99,6 +103,7 @@ class DirectStep:
         inner = model.config.intermediate_size
         self._layers = [_Layer(cast(Block, block), inner) for block in decoder.layers]
         self._norm, self._head = _norm(decoder.norm), _product(model.lm_head)
+        self._memory = self._memory_for(1)
         # of so many rows: number of tokens of each to what is done with them
         self._batch, self._tapes = 0, dict[int, _Tape]()
 
@@ -127,19 +132,25 @@ class DirectStep:
         cache.advance(count)
         return memory.logits
 
-    def _recorded(self, batch: int, count: int) -> _Tape:
-        decoder, layer = self._model.model, self._layers[0]
-        weight, rows = decoder.embed_tokens.weight, batch * count
-        num_heads, kv_heads, inner = layer.num_heads, layer.kv_heads, layer.inner
-        memory = _Memory(
+    def _memory_for(self, rows: int) -> _Memory:
+        weight, layer = self._model.model.embed_tokens.weight, self._layers[0]
+        inner = max(layer.inner for layer in self._layers)
+        return _Memory(
             stream=weight.new_empty(rows, weight.shape[1]),
             normed=weight.new_empty(rows, weight.shape[1]),
-            heads=weight.new_empty(batch, count, num_heads + 2 * kv_heads, layer.head_dim),
-            attended=weight.new_empty(batch, count, num_heads, layer.head_dim),
+            heads=weight.new_empty(rows, layer.num_heads + 2 * layer.kv_heads, layer.head_dim),
+            attended=weight.new_empty(rows, layer.num_heads, layer.head_dim),
             wide=weight.new_empty(rows, 2 * inner),
             inner=weight.new_empty(rows, inner),
-            logits=weight.new_empty(batch, count, self._model.config.vocab_size),
+            logits=weight.new_empty(rows, self._model.config.vocab_size),
         )
+
+    def _recorded(self, batch: int, count: int) -> _Tape:
+        decoder, rows = self._model.model, batch * count
+        if rows > len(self._memory.stream):
+            # what was recorded on the smaller one would keep it
+            self._memory, self._tapes = self._memory_for(rows), {}
+        memory = self._memory.of(batch, count)
         cache = self._cache
         windows = [layer.window for layer in self._layers]
         tables = None if decoder.rotary is None else decoder.rotary.tables
@@ -164,11 +175,19 @@ class _Memory(NamedTuple):
     # (B, T, H + 2 G, D) and (B, T, H, D)
     heads: Tensor
     attended: Tensor
-    # of the feed-forward layer, (B T, 2 I) and (B T, I)
+    # of the widest feed-forward layer, (B T, 2 I) and (B T, I)
     wide: Tensor
     inner: Tensor
     # (B, T, V)
     logits: Tensor
+
+    def of(self, batch: int, count: int) -> _Memory:
+        """So much of memory whose first two dimensions, B and T, are one."""
+        parts = _Memory(*(x[: batch * count] for x in self))
+        names = ("heads", "attended", "logits")
+        return parts._replace(**{
+            name: getattr(parts, name).unflatten(0, (batch, count)) for name in names
+        })  # fmt: skip
 
 
 # of each layer what is done before attention and what after it, and what is done at last
@@ -196,6 +215,9 @@ class _Layer:
         """Until ``memory.heads`` is there for attention, and from ``memory.attended`` on."""
         stream, normed = memory.stream, memory.normed
         rows = len(stream)
+        # layers may differ in width
+        wide = memory.wide.view(-1)[: rows * 2 * self.inner].view(rows, -1)
+        inner = memory.inner.view(-1)[: rows * self.inner].view(rows, -1)
         before = [*self._norm(stream, normed), *self._qkv(normed, memory.heads.view(rows, -1))]
         parts = memory.heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=2)
         for norm, part in zip(self._head_norms, parts, strict=False):
@@ -203,8 +225,8 @@ class _Layer:
         after = [
             *self._add_o(memory.attended.view(rows, -1), stream),
             *self._mlp_norm(stream, normed),
-            *self._widen(normed, memory.wide, memory.inner),
-            *self._add_down(memory.inner, stream),
+            *self._widen(normed, wide, inner),
+            *self._add_down(inner, stream),
         ]
         return before, after
 

@@ -90,13 +90,16 @@ def may_be_left_to(
 ) -> bool:
     """Whether an eager call runs on backend ``name`` if that takes it, and nobody sees how.
 
-    An op may then leave the call to torch, gradient and all, instead of its operators.
+    An op may then leave the call to torch, gradient and all, instead of its operators.  Not under
+    hooks on what is saved: what checkpointing computes again must save the same tensors as before,
+    even if only one of the two is watched.
     """
     return (
         first_asked(backends, wanted, args) == name
         and _nothing_intercepts(args)
         and not _checked.is_on()
         and not torch._C._is_any_autocast_enabled()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
 
 

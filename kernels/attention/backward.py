@@ -147,9 +147,10 @@ def dkdv_kernel(
     )
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_V), ACC)
-    # the accumulators of wide heads leave no registers for the three loops of a window; where
-    # elements are loaded one by one tiles are smaller, and three take fewer than one
-    IS_ONE_LOOP: tl.constexpr = HAS_WINDOW and BLOCK_D + BLOCK_V > 256 and HEAD_DIM % 8 == 0
+    # the accumulators of wide heads leave no registers for the three loops of a window; above 256,
+    # and where elements are loaded one by one, tiles are smaller and three take fewer than one
+    IS_WIDE: tl.constexpr = BLOCK_D + BLOCK_V > 256 and BLOCK_D + BLOCK_V <= 512
+    IS_ONE_LOOP: tl.constexpr = HAS_WINDOW and IS_WIDE and HEAD_DIM % 8 == 0
     if IS_ONE_LOOP:
         unmasked_start = end
     dk, dv = _gather_dkdv(

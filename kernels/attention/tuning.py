@@ -205,10 +205,12 @@ def shared_memory(step: str, row: Plan, head_dim: int, value_dim: int, dtype: to
         # layout may take the place of value
         tiles += row.block_n * max(0, query - value)
     if step == "dkdv":
-        # query or dout for either of its two products: through registers, or on sm_100
+        # loaded through registers, or on sm_100, query or dout is laid out for either of its two
+        # products; walked in stages, sm_100 keeps a second tile of scores
         tiles += row.block_m * max(query, value)
-        # two tiles on sm_100; lse and delta
-        scores = 2 * scores + 2 * row.num_stages * row.block_m
+        scores *= min(row.num_stages, 2)
+        # lse and delta
+        scores += 2 * row.num_stages * row.block_m
     return tiles * dtype.itemsize + scores * wide + _BARRIERS
 
 

@@ -42,7 +42,8 @@ def flash_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tupl
 def flash_plain_out(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """out alone, as torch differentiates it."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return _cpu(q, k, v, 0.0, True, scale=scale)[0].transpose(1, 2)
+    # torch lays it out like query
+    return _cpu(q, k, v, 0.0, True, scale=scale)[0].transpose(1, 2).contiguous()
 
 
 def flash_plain_backward(
