@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,12 +197,36 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(line, message, folder, 
         (["--temperature", "-1"], "temperature must be a number of at least 0, got -1.0", USAGE),
         (["--max-new-tokens", "0"], "max_new_tokens must be above 0, got 0", USAGE),
         (["--seed", str(2**64)], "seed must be a whole number of 64 bits", USAGE),
+        (
+            ["--prompt-lookup-num-tokens", "-1"],
+            "prompt_lookup_num_tokens must be at least 0",
+            USAGE,
+        ),
+        (["--stop", ""], "stop must be strings that are not empty, got ('',)", USAGE),
         (["--sytem", "x"], "did you mean --system?", USAGE),
     ],
 )
 def test_wrong_flags_are_refused_at_once(flags, message, code, tmp_path, chat):
     out, err = chat(tmp_path / "no model", "", *flags, code=code)
     assert out == "" and message in err
+
+
+@pytest.mark.parametrize("token", [-1, 99999])
+def test_stop_tokens_that_the_model_does_not_know_are_refused_at_once(token, folder, chat):
+    out, err = chat(folder, "the cat\n", "--stop-token-ids", str(token), code=USAGE)
+    assert out == "" and re.fullmatch(
+        rf"fastlm: .*stop_token_ids must be .*, got \({token},\)\n", err
+    )
+
+
+def test_impossible_sampling_of_the_model_is_refused_at_once(folder, tmp_path, chat):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": -1}')
+    out, err = chat(tmp_path, "the cat\n", code=FAILED)
+    assert out == "" and "generation_config.json: top_k must be a whole number" in err
+    # a flag wins
+    flags = ("--top-k", "5", "--seed", "1")
+    assert chat(tmp_path, "the cat\n", *flags)[0] == expected(folder, ["the cat"], top_k=5, seed=1)
 
 
 def test_a_broken_template_is_refused_at_once(tmp_path, chat):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 
 import pytest
 import torch
 from support.models import tiny_config, tiny_model, tiny_tokenizer
+from transformers import GenerationConfig
 
 import fastlm
+from fastlm._errors import ArgumentError
 from fastlm.inference.text import StopStrings, TextStream
+from fastlm.model.sampling import Sampling
 
 EOS = 0
 
@@ -315,12 +319,72 @@ def test_a_folder_that_does_not_sample_is_greedy(folder, lm, tmp_path):
     )
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": "many"}, {"min_p": "x"}])
-def test_impossible_sampling_of_a_folder_is_named(values, folder, tmp_path):
-    path = with_generation_config(folder, tmp_path, {"do_sample": True, **values})
-    with pytest.raises(fastlm.ModelFileError, match=r"generation_config.json: .*") as caught:
+@pytest.mark.parametrize("top_k", [{}, {"top_k": None}, {"top_k": 0}, {"top_k": 7}])
+def test_a_folder_that_samples_means_what_transformers_makes_of_it(top_k, folder, tmp_path):
+    values = {"do_sample": True, **top_k}
+    theirs = GenerationConfig(**values)
+    theirs.update(**GenerationConfig._get_default_generation_params(), defaults_only=True)
+    ours = fastlm.load(with_generation_config(folder, tmp_path, values)).sampling
+    assert (ours.top_k, ours.temperature) == (theirs.top_k, theirs.temperature)
+    assert (ours.top_p or 1.0, ours.min_p) == (theirs.top_p, theirs.min_p)
+    assert (ours.repetition_penalty or 1.0) == theirs.repetition_penalty
+
+
+# name and value in the file, what is said of them, and an argument that wins over them
+IMPOSSIBLE = [
+    ("temperature", -1, "be a number of at least 0, got -1", 0.7),
+    ("temperature", "x", "be a number of at least 0, got 'x'", 0.7),
+    pytest.param("temperature", 10**400, "be finite in float64, got 10", 0.7, id="400 digits"),
+    ("temperature", True, "be a number of at least 0, got True", 0),
+    ("top_k", -1, "be a whole number of at least 0, got -1", 5),
+    ("top_k", "many", "be a whole number of at least 0, got 'many'", 5),
+    ("top_p", 2, "be above 0 and at most 1, got 2", 0.5),
+    ("min_p", "x", "be from 0 to 1, got 'x'", 0.5),
+    ("repetition_penalty", "1", "be a finite number above 0 in float32, got '1'", 1.1),
+    ("do_sample", "false", "be true or false, got 'false'", None),
+    ("do_sample", 1, "be true or false, got 1", None),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message", "instead"), IMPOSSIBLE)
+def test_impossible_sampling_of_a_folder_is_named(name, value, message, instead, folder, tmp_path):
+    values = {"do_sample": True, "top_k": 3, name: value}
+    own = fastlm.load(with_generation_config(folder, tmp_path, values))
+    whole = re.escape(f"{tmp_path / 'generation_config.json'}: {name} must {message}")
+    for call in (own.generate, own.stream, lambda *args: own.generate_batch([args[0]], args[1])):
+        with pytest.raises(fastlm.ModelFileError, match=f"^{whole}") as caught:
+            call("the cat", 3)
+        assert "\n" not in str(caught.value)
+    # what does not look at the value does not mind it
+    own.next_token("the cat")
+    own.score("the", " cat")
+    if instead is not None:
+        own.generate("the cat", 3, **{name: instead})
+    if name != "repetition_penalty":
+        own.generate("the cat", 3, temperature=0)
+    # an argument is refused as one
+    with pytest.raises(ArgumentError, match=r"^generate: top_p must be above 0"):
+        own.generate("the cat", 3, top_p=2.0)
+
+
+def test_a_number_that_no_json_reader_takes_is_named(folder, tmp_path):
+    path = with_generation_config(folder, tmp_path, {})
+    (path / "generation_config.json").write_text('{"temperature": 1' + "0" * 5000 + "}")
+    with pytest.raises(fastlm.ModelFileError, match=r"generation_config.json: cannot be read as"):
         fastlm.load(path)
-    assert "\n" not in str(caught.value)
+
+
+def test_without_do_sample_values_of_drawing_are_not_judged(folder, lm, tmp_path):
+    values = {"do_sample": None, "temperature": "x", "top_k": -1}
+    own = fastlm.load(with_generation_config(folder, tmp_path, values))
+    assert own.generate("the cat", 9) == lm.generate("the cat", 9)
+
+
+def test_other_sampling_may_be_set(folder, tmp_path):
+    own = fastlm.load(with_generation_config(folder, tmp_path, {"do_sample": True, "top_k": -1}))
+    own.sampling = Sampling(top_k=4)
+    assert own.sampling == Sampling(top_k=4)
+    assert own.generate("the cat", 9, seed=1) == own.generate("the cat", 9, seed=1, top_k=4)
 
 
 def test_what_a_tokenizer_cut_in_training_it_does_not_cut_here(folder, lm, tmp_path):

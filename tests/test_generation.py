@@ -125,6 +125,15 @@ def test_pages_change_no_token(name, kv_cache, guesses, device):
         assert [row[:26] for row in got] == [row[:26] for row in want]
 
 
+@pytest.mark.parametrize("guesses", [0, 4])
+def test_no_page_is_larger_than_what_the_longest_row_fills(guesses, device):
+    model = tiny_model().to(device)
+    batch = prompts()
+    options = {"num_return_sequences": 2, "prompt_lookup_num_tokens": guesses}
+    want = model.generate(batch, 9, page_size=40, **options)
+    assert torch.equal(model.generate(batch, 9, page_size=10**9, **options), want)
+
+
 @pytest.mark.parametrize("page_size", [0, 5])
 def test_eight_bits_of_keys_and_values_are_near(page_size, device):
     model = tiny_model().to(device)

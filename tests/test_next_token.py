@@ -128,6 +128,7 @@ def test_plot_without_matplotlib_says_what_to_install(known, tmp_path, monkeypat
     [
         ({"top_k": 0}, "top_k must be a whole number above 0, got 0"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),
+        ({"temperature": "hot"}, "temperature must be above 0, got 'hot'"),
         ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
         ({"temperature": float("inf")}, "temperature must be above 0, got inf"),
         ({"prompt": ""}, "prompt must have at least one token"),

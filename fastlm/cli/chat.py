@@ -90,11 +90,22 @@ class ChatOptions:
             raise ArgumentError(f"chat: max_new_tokens must be above 0, got {self.max_new_tokens}")
         if self.top_logprobs < 0:
             raise ArgumentError(f"chat: top_logprobs must be at least 0, got {self.top_logprobs}")
+        guesses = self.prompt_lookup_num_tokens
+        if guesses < 0:
+            raise ArgumentError(f"chat: prompt_lookup_num_tokens must be at least 0, got {guesses}")
+        if not all(self.stop):
+            raise ArgumentError(f"chat: stop must be strings that are not empty, got {self.stop!r}")
 
     @property
     def settings(self) -> dict[str, Any]:
         """What may change during a conversation."""
         return {name: getattr(self, name) for name in _NUMBERS}
+
+    @property
+    def sampling(self) -> dict[str, float | None]:
+        """How tokens are drawn, the seed apart."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -111,6 +122,7 @@ def run(argv: Sequence[str]) -> int:
     conversation = open_conversation(
         options.run, options.system, weights=options.weights, group_size=options.group_size
     )
+    conversation.check(stop_token_ids=options.stop_token_ids, **options.sampling)
     if conversation.template is None:
         _say(f"{options.run} has no chat template: what you write is continued as plain text")
     if sys.stdin.isatty():
@@ -237,15 +249,10 @@ def _checked(options: ChatOptions) -> ChatOptions:
     """
     import torch
 
+    from fastlm.inference.generation_config import chosen
     from fastlm.model.sampling import Sampling, new_generator
 
-    Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-    )
+    chosen(Sampling(), **options.sampling)
     new_generator(options.seed, torch.device("cpu"))
     return options
 

@@ -10,7 +10,13 @@ from tokenizers import Tokenizer
 
 from fastlm._errors import ArgumentError
 from fastlm.inference.chat import ChatTemplate, Message
-from fastlm.inference.language_model import LanguageModel, StreamItem, load
+from fastlm.inference.generation_config import chosen
+from fastlm.inference.language_model import (
+    LanguageModel,
+    StreamItem,
+    check_stop_token_ids,
+    load,
+)
 from fastlm.model.hub import model_folder
 
 
@@ -39,7 +45,7 @@ class Conversation:
         if template is not None:
             # the template has written all special tokens down already
             self._model = LanguageModel(
-                model.model, _without_additions(model.tokenizer), model.sampling
+                model.model, _without_additions(model.tokenizer), model.defaults
             )
             # usually among the tokens that end a text for the model too, but not in all files
             end = model.tokenizer.token_to_id(template.tokens.get("eos_token", ""))
@@ -64,6 +70,20 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said, but not the instruction."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    def check(self, *, stop_token_ids: Sequence[int] = (), **sampling: float | None) -> None:
+        """Refuse, before there is a question, what this model would refuse for each.
+
+        Args:
+            stop_token_ids: As in :meth:`LanguageModel.generate`.
+            sampling: Likewise, temperature, top_k, top_p, min_p and repetition_penalty.
+
+        Raises:
+            ArgumentError: One is out of range.
+            ModelFileError: A value of ``generation_config.json`` that holds here is impossible.
+        """
+        chosen(self._model.defaults, **sampling)
+        check_stop_token_ids(stop_token_ids, self._model.model.config.vocab_size)
 
     def answer(
         self,

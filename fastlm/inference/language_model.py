@@ -12,13 +12,13 @@ from torch import nn
 
 from fastlm._errors import ArgumentError, check_text
 from fastlm.inference.completion import Completion, Reader, Score, StreamItem
-from fastlm.inference.generation_config import chosen, read_sampling
+from fastlm.inference.generation_config import FolderSampling, chosen, read_sampling
 from fastlm.inference.next_token import NextToken
 from fastlm.model.checkpoint import ModelFileError
 from fastlm.model.generate import Generation, Request, check_prompt, new_tokens
 from fastlm.model.hub import model_folder
 from fastlm.model.quantize import WEIGHTS, quantize
-from fastlm.model.sampling import NO_TOKEN, Sampling
+from fastlm.model.sampling import NO_TOKEN, Sampling, is_number
 from fastlm.model.transformer import CausalLM
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.linear_logprobs import linear_logprobs
@@ -32,16 +32,32 @@ class LanguageModel:
     Attributes:
         model: Token ids in, logits out.
         tokenizer: Text to token ids and back.
-        sampling: How tokens are drawn where the caller does not say: of a folder's
-            ``generation_config.json``, else greedily.
+        defaults: How tokens are drawn where the caller does not say: as the folder's
+            ``generation_config.json`` says, else greedily.
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, sampling: Sampling | None = None
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        sampling: Sampling | FolderSampling | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.sampling = Sampling() if sampling is None else sampling
+        self.defaults = Sampling() if sampling is None else sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn where the caller says nothing.
+
+        Raises:
+            ModelFileError: A value of ``generation_config.json`` is impossible.
+        """
+        return chosen(self.defaults)
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self.defaults = sampling
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer puts around a text.
@@ -77,7 +93,7 @@ class LanguageModel:
         """Continue ``prompt``; return the continuation alone.
 
         Ends after ``max_new_tokens``, at an end-of-text token, before a stop string, or when prompt
-        and continuation fill the context.  How tokens are drawn is what :attr:`sampling` says,
+        and continuation fill the context.  How tokens are drawn is what :attr:`defaults` says,
         number by number, where it is not said here.
 
         Args:
@@ -105,6 +121,7 @@ class LanguageModel:
         Raises:
             ArgumentError: One is out of range, or the prompt empty or longer than the context; a
                 ValueError.
+            ModelFileError: A value of ``generation_config.json`` that holds here is impossible.
             FloatingPointError: The model's logits are not finite.
         """
         items = self.stream(
@@ -150,7 +167,7 @@ class LanguageModel:
         many of the most likely tokens each item tells of.
         """
         sampling = chosen(
-            self.sampling, temperature=temperature, top_k=top_k, top_p=top_p,
+            self.defaults, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, repetition_penalty=repetition_penalty, logit_bias=logit_bias,
         )  # fmt: skip
         _check_count("top_logprobs", top_logprobs)
@@ -214,13 +231,14 @@ class LanguageModel:
         Raises:
             ArgumentError: One is out of range, or a prompt empty or longer than the context; a
                 ValueError.
+            ModelFileError: A value of ``generation_config.json`` that holds here is impossible.
         """
         if isinstance(prompts, str):
             raise ArgumentError(f"generate_batch: prompts must be several texts, got {prompts!r}")
         if not (seed is None or isinstance(seed, int | Sequence)):
             raise ArgumentError(f"generate_batch: seed must be a whole number, got {seed!r}")
         sampling = chosen(
-            self.sampling, temperature=temperature, top_k=top_k, top_p=top_p,
+            self.defaults, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, repetition_penalty=repetition_penalty, logit_bias=logit_bias,
         )  # fmt: skip
         _check_count("top_logprobs", top_logprobs)
@@ -268,15 +286,7 @@ class LanguageModel:
         stop: str | Sequence[str] | None,
         stop_token_ids: Sequence[int],
     ) -> tuple[Request, Reader]:
-        vocab_size = self.model.config.vocab_size
-        whole = isinstance(stop_token_ids, Sequence) and all(
-            isinstance(token, int) and 0 <= token < vocab_size for token in stop_token_ids
-        )
-        if not whole:
-            raise ArgumentError(
-                f"generate: stop_token_ids must be token ids below {vocab_size}, "
-                f"got {stop_token_ids!r}"
-            )
+        check_stop_token_ids(stop_token_ids, self.model.config.vocab_size)
         ids = self._prompt_ids(prompt)
         count = new_tokens(self.model, len(ids), max_new_tokens)
         request = Request(
@@ -300,8 +310,8 @@ class LanguageModel:
         """
         if not (isinstance(top_k, int) and top_k > 0):
             raise ArgumentError(f"next_token: top_k must be a whole number above 0, got {top_k}")
-        if not 0 < temperature < float("inf"):
-            raise ArgumentError(f"next_token: temperature must be above 0, got {temperature}")
+        if not (is_number(temperature) and 0 < temperature < float("inf")):
+            raise ArgumentError(f"next_token: temperature must be above 0, got {temperature!r}")
         ids = self._prompt_ids(prompt)
         check_prompt("next_token", len(ids), self.model.config.max_position_embeddings)
         logits = self.model(self._tensor(ids), logits_to_keep=1).logits[0, -1]
@@ -357,6 +367,21 @@ def _check_count(name: str, value: int, least: int = 0) -> None:
     if not isinstance(value, int) or value < least:
         raise ArgumentError(
             f"generate: {name} must be a whole number of at least {least}, got {value!r}"
+        )
+
+
+def check_stop_token_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse what is no sequence of tokens of a vocabulary.
+
+    Raises:
+        ArgumentError: It is not; the message names ``stop_token_ids``.
+    """
+    whole = isinstance(ids, Sequence) and all(
+        isinstance(token, int) and 0 <= token < vocab_size for token in ids
+    )
+    if not whole:
+        raise ArgumentError(
+            f"generate: stop_token_ids must be token ids below {vocab_size}, got {ids!r}"
         )
 
 

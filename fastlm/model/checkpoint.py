@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFileError(f"{path.parent}: {path.name} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelFileError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelFileError(f"{path}: must hold a JSON object, got {type(values).__name__}")

@@ -205,8 +205,10 @@ class Generation:
             return self._model.new_cache(len(requests), longest, dtype=self._cache_dtype)
         # a row takes the guesses of the others too, beyond what is left to itself
         sizes = [min(size + self._num_guesses, context) for size in sizes]
-        pages = max(1, sum(-(-size // self._page_size) for size in sizes))
-        cache = self._model.new_paged_cache(pages, self._page_size, dtype=self._cache_dtype)
+        # no page is larger than what the longest row fills
+        page_size = min(self._page_size, max(sizes, default=1))
+        pages = max(1, sum(-(-size // page_size) for size in sizes))
+        cache = self._model.new_paged_cache(pages, page_size, dtype=self._cache_dtype)
         return cache.rows([cache.add() for _ in range(num_prompts)])
 
     def _draws_last(self) -> bool:

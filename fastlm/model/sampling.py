@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -57,22 +60,30 @@ class Sampling:
         temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
         penalty = self.repetition_penalty
         if temperature is not None:
-            finite = math.isfinite(temperature) and temperature >= 0
-            _check("temperature", finite, "be a number of at least 0", temperature)
+            holds = is_number(temperature) and 0 <= temperature < math.inf
+            _check("temperature", holds, "be a number of at least 0", temperature)
+            # whole numbers of Python have no end
+            holds = temperature <= sys.float_info.max
+            _check("temperature", holds, "be finite in float64", temperature)
         if self.top_k is not None:
-            whole = isinstance(self.top_k, int) and self.top_k >= 0
+            whole = is_number(self.top_k) and isinstance(self.top_k, int) and self.top_k >= 0
             _check("top_k", whole, "be a whole number of at least 0", self.top_k)
         if top_p is not None:
-            _check("top_p", 0 < top_p <= 1, "be above 0 and at most 1", top_p)
+            holds = is_number(top_p) and 0 < top_p <= 1
+            _check("top_p", holds, "be above 0 and at most 1", top_p)
         if min_p is not None:
-            _check("min_p", 0 <= min_p <= 1, "be from 0 to 1", min_p)
+            _check("min_p", is_number(min_p) and 0 <= min_p <= 1, "be from 0 to 1", min_p)
         if penalty is not None:
-            holds = _FLOAT32.tiny <= penalty <= _FLOAT32.max
+            holds = is_number(penalty) and _FLOAT32.tiny <= penalty <= _FLOAT32.max
             _check("repetition_penalty", holds, "be a finite number above 0 in float32", penalty)
+        if self.logit_bias is not None:
+            holds = isinstance(self.logit_bias, Mapping)
+            _check("logit_bias", holds, "map token ids to numbers", self.logit_bias)
         for token, bias in (self.logit_bias or {}).items():
             whole = isinstance(token, int) and token >= 0
             _check("logit_bias", whole, "have token ids for keys", token)
-            holds = math.isfinite(bias) or bias == -math.inf
+            limit = sys.float_info.max
+            holds = is_number(bias) and (-limit <= bias <= limit or bias == -math.inf)
             _check("logit_bias", holds, "have finite numbers or -inf for values", bias)
 
     @property
@@ -350,6 +361,11 @@ def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check(name: str, holds: bool, requirement: str, got: object) -> None:
     if not holds:
-        raise ArgumentError(f"generate: {name} must {requirement}, got {got}")
+        raise ArgumentError(f"generate: {name} must {requirement}, got {got!r}")
