@@ -358,8 +358,15 @@ def test_nested_tensors_are_torchs():
 @pytest.mark.parametrize("shape", [(9, 16), (4, 9, 16), (2, 4, 9, 16), (2, 3, 4, 9, 16)], ids=str)
 def test_changing_the_result_in_place_is_never_a_wrong_gradient(device, shape):
     query = inputs(shape, device=device)[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="inplace"):
-        sdpa(query, query, query, is_causal=True).mul_(2).sum().backward()
+    torchs = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    (want,) = torch.autograd.grad(2 * torchs.square().sum(), query)
+    doubled = sdpa(query, query, query, is_causal=True).square_().mul_(2)
+    try:
+        (got,) = torch.autograd.grad(doubled.sum(), query)
+    except RuntimeError as error:
+        assert "inplace" in str(error)
+    else:
+        torch.testing.assert_close(got, want)
     out = sdpa(*[query.detach()] * 3, is_causal=True)
     assert torch.equal(out * 2, out.mul_(2))
 
