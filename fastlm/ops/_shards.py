@@ -94,7 +94,8 @@ def sharded_layer(
     """Check how the layer is split, and take the part of this process.
 
     An error that one rank alone raises leaves the others waiting for it, so these checks look at
-    what all ranks know, or, on CPU, ask them first; types are refused before.
+    what all ranks know, or, on CPU, ask them first.  Types are refused before; what else one rank
+    alone has wrong, the shape of class weights say, is its error and the others' wait.
 
     Args:
         op: Who asks.
