@@ -67,21 +67,21 @@ def _calls(
 
     # the rows are multiplied from the right: from the left BLAS is up to three times slower
     columns, to = input.t().expand(blocks, -1, -1), divided(out)
-    calls: list[Call] = []
-    if rows == 1 and start is None:
-        calls.append(partial(torch.bmm, parts, columns, out=to))
-    elif rows == 1:
-        calls.append(
-            partial(torch.baddbmm, to if start is out else divided(start), parts, columns, out=to)
-        )
-    else:
+    added = None if start is None else divided(start)
+    calls: list[Call]
+    if rows > 1:
         # products of several come out the other way around
         turned = weight.new_empty(to.shape)
-        calls.append(partial(torch.bmm, parts, columns, out=turned))
-        if start is None:
-            calls.append(partial(to.copy_, turned))
-        else:
-            calls.append(partial(torch.add, divided(start), turned, out=to))
+        put = (
+            partial(to.copy_, turned)
+            if added is None
+            else partial(torch.add, added, turned, out=to)
+        )
+        calls = [partial(torch.bmm, parts, columns, out=turned), put]
+    elif added is None:
+        calls = [partial(torch.bmm, parts, columns, out=to)]
+    else:
+        calls = [partial(torch.baddbmm, added, parts, columns, out=to)]
     if even < len(weight):
         to = out[:, even:]
         rest = to if start is out else None if start is None else start[:, even:]
