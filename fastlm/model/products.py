@@ -65,7 +65,7 @@ def _calls(
         """``(R, N)`` as ``(blocks, N / blocks, R)``."""
         return x[:, :even].view(len(x), blocks, -1).permute(1, 2, 0)
 
-    # the rows are multiplied from the right: from the left BLAS is up to three times slower
+    # the rows are multiplied from the right: from the left BLAS is slower
     columns, to = input.t().expand(blocks, -1, -1), divided(out)
     added = None if start is None else divided(start)
     calls: list[Call]
