@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
@@ -51,6 +52,13 @@ def _empty_memory_is_poisoned(_bfloat16_rounds: None) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_random_numbers_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_before() -> None:
+    """torch.compile counts what it makes of a function over all tests of a process, up to 8."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
 
 
 @pytest.fixture(scope="session")

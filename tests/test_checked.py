@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,13 +22,6 @@ from fastlm.ops import _checked
 from fastlm.testing import cross_entropy_inputs
 
 BACKENDS = ["triton", "torch", "reference"]
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -92,7 +85,7 @@ def test_names_what_is_wrong_in_a_backward(device, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["forward", "backward"])
-def test_sees_into_compiled_code(step, device, monkeypatch, fresh_compiler):
+def test_sees_into_compiled_code(step, device, monkeypatch):
     plant(monkeypatch, step, one_element)
     logits, targets = cross_entropy_inputs(6, 40, device=device)
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
@@ -281,7 +274,7 @@ def test_reading_alone_writes_nothing(device, monkeypatch):
         one("triton")
 
 
-def test_sees_what_compiled_code_writes(device, monkeypatch, fresh_compiler):
+def test_sees_what_compiled_code_writes(device, monkeypatch):
     one = appending(device)
 
     @torch.compile(fullgraph=True, backend="aot_eager")

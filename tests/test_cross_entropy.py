@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -313,15 +313,8 @@ def mean_loss(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, y: fastlm.cross_entropy(x * 2, y, backend=backend)
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_equals_eager(backend, device, fresh_compiler):
+def test_compiled_equals_eager(backend, device):
     function = mean_loss(backend)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 5, 9):
@@ -330,7 +323,7 @@ def test_compiled_equals_eager(backend, device, fresh_compiler):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-def test_inductor_equals_eager(device, fresh_compiler):
+def test_inductor_equals_eager(device):
     function = mean_loss("triton")
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     logits, targets = cross_entropy_inputs(4, 40, device=device, ignored=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.models import tiny_model
@@ -11,16 +9,9 @@ from support.models import tiny_model
 from fastlm import testing
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-def test_inductor_gives_the_step_of_eager(device, fresh_compiler):
+def test_inductor_gives_the_step_of_eager(device):
     model = tiny_model(tie_word_embeddings=True).to(device)
     exact = tiny_model(tie_word_embeddings=True).to(device).double()
     exact.load_state_dict(model.state_dict())
