@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt
 # seen from inside a virtual environment: where the packages of .venv are
 PACKAGES = $(shell .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: help demo test test-all test-cuda test-floor lint clean
+.PHONY: help demo test test-all test-cuda test-floor lint docs-tables clean
 
 help:
 	@echo "make demo        train a small model on real text, sample from it, plot its next token"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-cuda   all of csrc/: compiled for every GPU, and run on a CPU under sanitizers"
 	@echo "make test-floor  import and compile every kernel with the oldest Triton we support"
 	@echo "make lint        ruff, and mypy on the built wheel"
+	@echo "make docs-tables  write the tables of the documentation from benchmarks/results"
 	@echo "make clean       remove the environments and what builds leave behind"
 
 demo: .venv/.core
@@ -49,6 +50,9 @@ test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -P -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 	.venv-floor/bin/python -P -c 'import fastlm.functional, fastlm.nn, fastlm.cli, fastlm.training, fastlm.inference'
 	.venv-floor/bin/python -P -m pytest -m "not slow" tests/test_ahead_of_time.py
+
+docs-tables: .venv/.core
+	.venv/bin/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv .venv-lint .venv-floor build dist fastlm.egg-info
