@@ -110,7 +110,15 @@ RAGGED: Rows = {
         (512, Plan(16, 16, 8, 1)),
     ),
 }  # fmt: skip
-RAGGED_FLOAT32: Rows = {**FLOAT32, "dq": ((64, Plan(32, 16, 8, 1)), *FLOAT32["dq"][1:])}
+RAGGED_FLOAT32: Rows = {
+    "forward": (
+        (64, Plan(32, 32, 8, 1)), (128, Plan(32, 16, 8, 1)), FLOAT32["forward"][-1],
+    ),
+    "dkdv": FLOAT32["dkdv"],
+    "dq": (
+        (64, Plan(32, 16, 4, 1)), (128, Plan(16, 16, 4, 1)), *FLOAT32["dq"][2:],
+    ),
+}  # fmt: skip
 FLOAT64: Rows = {
     "forward": ((512, Plan(16, 16, 8, 1)),),
     "dkdv": ((512, Plan(16, 16, 8, 1)),),

@@ -304,7 +304,7 @@ def has_small_tiles(binary: dict[str, Any]) -> bool:
     sizes = [int(binary["constants"].get(name, "0")) for name in ("HEAD_DIM", "VALUE_DIM")]
     if is_tf32(binary):
         largest = 64 if binary["kernel"] == "dkdv_kernel" else 128
-        return binary["arch"] != 90 or max(sizes) > largest
+        return binary["arch"] != 90 or max(sizes) > largest or any(size % 4 for size in sizes)
     return max(sizes) > 256 or any(size % 8 for size in sizes)
 
 
