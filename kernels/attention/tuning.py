@@ -73,12 +73,10 @@ FLOAT32: Rows = {
         (64, Plan(32, 32, 4, 1)), (128, Plan(32, 32, 8, 1)), (512, Plan(16, 16, 8, 1)),
     ),
     "dkdv": (
-        (64, Plan(32, 32, 8, 1)), (128, Plan(16, 32, 8, 1)), (512, Plan(16, 16, 8, 1)),
-    ),
-    "dq": (
-        (64, Plan(32, 32, 4, 1)), (128, Plan(16, 16, 8, 1)), (256, Plan(16, 16, 4, 1)),
+        (64, Plan(32, 32, 8, 1)), (128, Plan(16, 32, 8, 1)), (256, Plan(16, 16, 4, 1)),
         (512, Plan(16, 16, 8, 1)),
     ),
+    "dq": ((64, Plan(32, 32, 4, 1)), (512, Plan(16, 16, 8, 1))),
 }  # fmt: skip
 # float32 whose products may be tf32, on sm_90; elsewhere, and above 256, tf32 takes the rows of
 # float32
@@ -114,9 +112,9 @@ RAGGED_FLOAT32: Rows = {
     "forward": (
         (64, Plan(32, 32, 8, 1)), (128, Plan(32, 16, 8, 1)), FLOAT32["forward"][-1],
     ),
-    "dkdv": FLOAT32["dkdv"],
+    "dkdv": (*FLOAT32["dkdv"][:2], FLOAT32["dkdv"][-1]),
     "dq": (
-        (64, Plan(32, 16, 4, 1)), (128, Plan(16, 16, 4, 1)), *FLOAT32["dq"][2:],
+        (64, Plan(32, 16, 4, 1)), (256, Plan(16, 16, 4, 1)), (512, Plan(16, 16, 8, 1)),
     ),
 }  # fmt: skip
 FLOAT64: Rows = {
@@ -125,14 +123,15 @@ FLOAT64: Rows = {
     "dq": ((512, Plan(16, 16, 8, 1)),),
 }
 DELTA: Rows = {
-    "delta": ((64, Plan(64, 0, 4, 1)), (256, Plan(32, 0, 4, 1)), (512, Plan(16, 0, 4, 1))),
+    "delta": ((256, Plan(32, 0, 4, 1)), (512, Plan(16, 0, 4, 1))),
 }
 
 MAX_HEAD_DIM = 512
 # Keys and values that programs running at the same time share; below the L2 of sm_80, 40 MB.
 SECTION_BYTES = 32 * 2**20
-# Shared memory for the barriers that sm_100 waits at.
-_BARRIERS = 64
+# Shared memory for the barriers that sm_100 waits at, and to begin the tiles behind them at a
+# multiple of as much.
+_BARRIERS = 1024
 
 _BY_ARCH = {
     80: PORTABLE, 86: PORTABLE, 89: PORTABLE, 90: HOPPER, 100: HOPPER, 120: PORTABLE,
