@@ -70,7 +70,7 @@ template <typename T>
 __device__ inline void multiply_by_shuffles(float& c0, float& c1, float& c2, float& c3,
                                             const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int pair = lane_of_warp() % 4, quad = lane_of_warp() - pair;
-#pragma unroll
+#pragma unroll 1  // of the many products of a kernel each would become 200 instructions
   for (int t = 0; t < 4; ++t)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -32,6 +32,7 @@ MAX_HEAD_DIM = 512
 _INT32_MAX = 2**31 - 1
 BACKENDS = {
     "triton": "fastlm.kernels.attention",
+    "cuda": "fastlm.ops.cuda.attention",
     "torch": "fastlm.ops.eager.attention",
     "reference": "fastlm.ops.reference.attention",
 }
@@ -96,7 +97,7 @@ def causal_attention(
             ``key_start[b]`` are padding, which no query sees.
         key_end: ``(B,)``: so are those from ``key_end[b]`` on.
         return_lse: Also return the log-sum-exp of each query's scores, its sink included.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``out`` ``(B, T, H, Dv)`` in the dtype of query; with ``return_lse`` also ``lse``
