@@ -34,9 +34,9 @@ bool attention_fits(AttentionStep step, Dtype dtype, int head_dim, int value_dim
 std::string attention_delta(Dtype dtype, const AttentionInputs& in,
                             const AttentionUpstream& upstream, const void* out, const void* dlse,
                             void* delta, int device, void* stream) {
-  constexpr int kWarps = 8;
+  constexpr int kWarps = kDeltaThreads / kWarpSize;
   const int64_t queries = in.batch * in.heads * in.num_queries;
-  const Launch how{"attention_delta", (queries + kWarps - 1) / kWarps, 1, kWarps * kWarpSize, 0,
+  const Launch how{"attention_delta", (queries + kWarps - 1) / kWarps, 1, kDeltaThreads, 0,
                    device, stream};
   return launch(how, attention_delta_kernel, in, upstream, out, dlse, delta, dtype);
 }

@@ -88,7 +88,7 @@ __device__ inline void differentiate(A (&scores)[Tiles::kRows][kColumns],
 }
 
 template <typename Tiles, int kTile>
-__global__ void __launch_bounds__(kMostAttentionThreads)
+__global__ void __launch_bounds__(Tiles::kMostThreads, 1)
     attention_dkdv_kernel(const AttentionInputs in, const AttentionUpstream upstream, void* dkey,
                           void* dvalue, const int stages, const bool is_half) {
   using T = typename Tiles::Element;
@@ -117,14 +117,9 @@ __global__ void __launch_bounds__(kMostAttentionThreads)
   const Walk walk = queries_seeing(at.sees, at.first, warps * Tiles::kWarpRows, kTile);
   const Walk own = queries_seeing(at.sees, own_first, Tiles::kWarpRows, kTile);
   const ScoreScale<A> scale(in.scale, in.softcap, Tiles::kIsNarrow);
-  const int tiles = walk.end > walk.start ? blocks_of(walk.end - walk.start, kTile) : 0;
-  // one loop over all heads of the group and their queries
-  const int64_t steps = tiles * in.group_size;
 
-  const auto stage_step = [&](int64_t step) {
-    const int64_t head = at.head * in.group_size + step / tiles;
-    const int first = walk.start + static_cast<int>(step % tiles) * kTile;
-    T* const buffer = buffers + step % stages * memory.stage_size();
+  const auto stage_queries = [&](T* buffer, int64_t member, int first) {
+    const int64_t head = at.head * in.group_size + member;
     const HeadRows<T> q(in.query, in.query_strides, at.row, head, at.q_token, in.head_dim);
     q.stage_to(buffer, memory.streamed[0], first, kTile, at.sees.num_queries);
     T* const dout_tile = buffer + memory.streamed_rows(0);
@@ -151,21 +146,28 @@ __global__ void __launch_bounds__(kMostAttentionThreads)
   const int key_columns = clamped(in.head_dim - first_column, 0, Tiles::kWidth);
   const int value_columns = clamped(in.value_dim - first_column, 0, Tiles::kWidth);
 
-  if (steps > 0) {
+  const bool is_seen = walk.start < walk.end;
+  if (is_seen) {
     const HeadRows<T> k(in.key, in.key_strides, at.row, at.head, at.k_token, in.head_dim);
     const HeadRows<T> v(in.value, in.value_strides, at.row, at.head, at.k_token, in.value_dim);
     const int rows = warps * Tiles::kWarpRows;
     k.stage_to(keys, memory.kept[0], at.first, rows, at.sees.num_keys);
     v.stage_to(values, memory.kept[1], at.first, rows, at.sees.num_keys);
-    stage_step(0);
+    stage_queries(buffers, 0, walk.start);
   }
-  for (int64_t step = 0; step < steps; ++step) {
+  T* queries = buffers;  // those of this round, and where the next go
+  T* next_queries = buffers + (stages - 1) * memory.stage_size();
+  int64_t member = 0;
+  // one loop over all heads of the group and their queries
+  for (int first = walk.start; is_seen && member < in.group_size;) {
     wait_for_copies<0>();
-    __syncthreads();  // this step's rows are there, and those of the last were used
-    if (stages > 1 && step + 1 < steps) stage_step(step + 1);
-    const int first = walk.start + static_cast<int>(step % tiles) * kTile;
+    __syncthreads();  // this round's rows are there, and those of the last were used
+    const bool is_last_of_head = first + kTile >= walk.end;
+    const int64_t next_member = is_last_of_head ? member + 1 : member;
+    const int next_first = is_last_of_head ? walk.start : first + kTile;
+    const bool goes_on = next_member < in.group_size;
+    if (stages > 1 && goes_on) stage_queries(next_queries, next_member, next_first);
     if (first >= own.start && first < own.end) {
-      const T* const queries = buffers + step % stages * memory.stage_size();
       const T* const dout_tile = queries + memory.streamed_rows(0);
       const A* const statistics =
           reinterpret_cast<const A*>(dout_tile + memory.streamed_rows(1));
@@ -189,10 +191,15 @@ __global__ void __launch_bounds__(kMostAttentionThreads)
         Tiles::template accumulate<kTile>(of_key, gradients, queries + first_column, query_stride,
                                           key_columns, scratch, is_half);
     }
-    if (stages == 1 && step + 1 < steps) {
+    if (stages == 1 && goes_on) {
       __syncthreads();
-      stage_step(step + 1);
+      stage_queries(next_queries, next_member, next_first);
     }
+    T* const used = queries;
+    queries = next_queries;
+    next_queries = used;
+    member = next_member;
+    first = next_first;
   }
 
   const int rows = at.sees.num_keys - own_first;
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads)
 }
 
 template <typename Tiles, int kTile>
-__global__ void __launch_bounds__(kMostAttentionThreads)
+__global__ void __launch_bounds__(Tiles::kMostThreads, 1)
     attention_dq_kernel(const AttentionInputs in, const AttentionUpstream upstream, void* dquery,
                         const int stages, const bool is_half) {
   using T = typename Tiles::Element;
@@ -249,8 +256,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads)
   const Walk own = keys_seen(at.sees, own_first, Tiles::kWarpRows, kTile);
   const ScoreScale<A> scale(in.scale, in.softcap, Tiles::kIsNarrow);
 
-  const auto stage_keys = [&](int first) {
-    T* const buffer = buffers + (first - walk.start) / kTile % stages * memory.stage_size();
+  const auto stage_keys = [&](T* buffer, int first) {
     k.stage_to(buffer, memory.streamed[0], first, kTile, at.sees.num_keys);
     v.stage_to(buffer + memory.streamed_rows(0), memory.streamed[1], first, kTile,
                at.sees.num_keys);
@@ -277,15 +283,16 @@ __global__ void __launch_bounds__(kMostAttentionThreads)
     const int rows = warps * Tiles::kWarpRows;
     q.stage_to(queries, memory.kept[0], at.first, rows, at.sees.num_queries);
     dout.stage_to(dout_rows, memory.kept[1], at.first, rows, at.sees.num_queries);
-    stage_keys(walk.start);
+    stage_keys(buffers, walk.start);
   }
   const int key_columns = clamped(in.head_dim - first_column, 0, Tiles::kWidth);
+  T* keys = buffers;  // those of this round, and where the next go
+  T* next_keys = buffers + (stages - 1) * memory.stage_size();
   for (int first = walk.start; first < walk.end; first += kTile) {
     wait_for_copies<0>();
     __syncthreads();  // these keys are there, and the last were used
-    if (stages > 1 && first + kTile < walk.end) stage_keys(first + kTile);
+    if (stages > 1 && first + kTile < walk.end) stage_keys(next_keys, first + kTile);
     if (first >= own.start && first < own.end) {
-      const T* const keys = buffers + (first - walk.start) / kTile % stages * memory.stage_size();
       const T* const values = keys + memory.streamed_rows(0);
       A scores[kRows][kColumns], gradients[kRows][kColumns];
       Tiles::template multiply<kTile>(scores, own_queries, query_stride, keys, key_stride,
@@ -304,8 +311,11 @@ __global__ void __launch_bounds__(kMostAttentionThreads)
     }
     if (stages == 1 && first + kTile < walk.end) {
       __syncthreads();
-      stage_keys(first + kTile);
+      stage_keys(next_keys, first + kTile);
     }
+    T* const used = keys;
+    keys = next_keys;
+    next_keys = used;
   }
 
   const int rows = at.sees.num_queries - own_first;
@@ -341,8 +351,10 @@ __device__ inline Acc<T> dout_out(const AttentionInputs& in, const AttentionUpst
   return warp_reduce(sum, Sum());
 }
 
+constexpr int kDeltaThreads = 256;
+
 // One warp has one query of one head, counted like lse.
-__global__ void __launch_bounds__(kMostAttentionThreads)
+__global__ void __launch_bounds__(kDeltaThreads)
     attention_delta_kernel(const AttentionInputs in, const AttentionUpstream upstream,
                            const void* out, const void* dlse, void* delta, const Dtype dtype) {
   const int64_t query =

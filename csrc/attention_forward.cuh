@@ -17,8 +17,6 @@
 
 namespace fastlm {
 
-constexpr int kMostAttentionThreads = 256;
-
 // The rows of one head of a tensor, from a token on.
 template <typename T>
 struct HeadRows {
@@ -118,7 +116,7 @@ __device__ inline void softmax_step(A (&scores)[Tiles::kRows][kColumns], A (&max
 }
 
 template <typename Tiles, int kTile>
-__global__ void __launch_bounds__(kMostAttentionThreads)
+__global__ void __launch_bounds__(Tiles::kMostThreads, 1)
     attention_forward_kernel(const AttentionInputs in, const AttentionResults results,
                              const bool is_half) {
   using T = typename Tiles::Element;

@@ -35,7 +35,7 @@ auto on_forward_path(Dtype dtype, int value_dim, Run run) {
 template <typename Run>
 auto on_dkdv_path(Dtype dtype, int head_dim, int value_dim, Run run) {
   if (!is_narrow(dtype)) return on_scalars(dtype, run);
-  return head_dim <= 64 && value_dim <= 64 ? run(Path<TensorTiles<64, 1>, 64>())
+  return head_dim <= 64 && value_dim <= 64 ? run(Path<TensorTiles<64, 1>, 32>())
                                            : run(Path<TensorTiles<128, 1>, 32>());
 }
 template <typename Run>

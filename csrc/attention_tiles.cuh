@@ -36,6 +36,7 @@ __device__ inline void stage(T* tile, int width, const T* matrix, int64_t row_st
   const int groups = width / kGroup<T>;
   int row = threadIdx.x / groups, group = threadIdx.x % groups;
   const int row_step = blockDim.x / groups, group_step = blockDim.x % groups;
+#pragma unroll 1  // copies run beside each other anyway
   while (row < count) {
     T* to = tile + row * tile_stride<T>(width) + group * kGroup<T>;
     const int column = group * kGroup<T>;
@@ -63,6 +64,7 @@ struct TensorTiles {
   using Element = uint16_t;
   using A = float;
   static constexpr bool kIsNarrow = true;
+  static constexpr int kMostThreads = 128;
   static constexpr int kWidth = kWidth_;
   static constexpr int kWarpRows = 16 * kStrips;
   static constexpr int kRows = 2 * kStrips;  // of a thread
@@ -215,6 +217,7 @@ struct ScalarTiles {
   using Element = T;
   using A = T;
   static constexpr bool kIsNarrow = false;
+  static constexpr int kMostThreads = 256;
   static constexpr int kWidth = 128;
   static constexpr int kRows = kRows_, kWarpRows = kRows_;
   template <int kTile>
