@@ -161,7 +161,7 @@ struct ScoreScale {
   __device__ ScoreScale(double scale, double softcap, bool is_narrow) {
     is_capped = softcap != 0;
     // where that is below what a score of narrow inputs is rounded to
-    is_fast = is_narrow && softcap <= 128;
+    is_fast = is_narrow && softcap <= 64;
     const A factor = static_cast<A>(scale), cap = static_cast<A>(softcap);
     if (is_capped) {
       inner = factor / cap;
