@@ -56,6 +56,7 @@ __device__ inline void stage(T* tile, int width, const T* matrix, int64_t row_st
       ++row;
     }
   }
+  __syncwarp();  // lanes leave the loop apart, and products need them together
 }
 
 // Of bfloat16 or float16, which is decided at run time: one kernel for both.

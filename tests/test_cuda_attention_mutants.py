@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant("columns are not where the fragment has them", TILES,
            "j / 2 * 8 + lane_of_warp() % 4 * 2 + j % 2",
            "j / 2 * 8 + lane_of_warp() % 4 + j % 2 * 4"),
-    Mutant("sums are not rescaled", FORWARD, "sums[i][j] *= decay;", ""),
+    Mutant("sums are not rescaled", FORWARD, "sums[i][j] *= decay;", "sums[i][j] *= 1;"),
     Mutant("the total is not rescaled", FORWARD, "total[i] *= decay;", ""),
     Mutant("heads map to groups by remainder", FORWARD,
            "const int64_t kv_head = at.head / in.group_size;",
@@ -58,7 +58,8 @@ MUTANTS = [
     Mutant("keys do not wait for their copies", FORWARD,
            "    wait_for_copies<0>();\n    __syncthreads();  // the keys are there, and the last",
            "    __syncthreads();  // the keys are there, and the last"),
-    Mutant("delta is not subtracted", BACKWARD, "gradients[i][j] -= delta(i, j);", ""),
+    Mutant("delta is not subtracted", BACKWARD, "gradients[i][j] -= delta(i, j);",
+           "gradients[i][j] -= 0 * delta(i, j);"),
     Mutant("delta forgets dlse", BACKWARD,
            "if (dlse) sum -= static_cast<const A*>(dlse)[query];", ""),
     Mutant("one head of the group is counted", BACKWARD,
@@ -94,6 +95,7 @@ def check() -> None:
         ],
         backend="cuda",
     )
+    judge(*attention_inputs(1, 40, 70, 1, 1, 8), backend="cuda", scale=-0.4)
     of_cuda.test_later_keys_do_not_reach_earlier_queries(torch.bfloat16)
     query, key, value = attention_inputs(1, 40, 64, 1, 1, 8)
     key[:, 40:] = value[:, 40:] = torch.nan  # a cache beyond its tokens
