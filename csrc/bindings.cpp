@@ -4,10 +4,13 @@
 // by the caller, fastlm/ops; what a launcher complains of is a RuntimeError.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
+#include "causal_attention.h"
 #include "cross_entropy.h"
 
 #ifndef FASTLM_ARCHS
@@ -28,6 +31,109 @@ T* at(Address address) {
 
 void require(const std::string& error) {
   if (!error.empty()) throw std::runtime_error(error);
+}
+
+void add_attention(py::module_& m) {
+  using namespace fastlm;
+  py::class_<AttentionPlan>(m, "AttentionPlan", py::module_local())
+      .def(py::init([](int most_warps, int shared_limit) {
+             return AttentionPlan{most_warps, shared_limit};
+           }),
+           py::kw_only(), "most_warps"_a, "shared_limit"_a);
+
+  // in the order of dimensions: batch, token, head
+  using Strides = std::array<int64_t, 3>;
+  const auto strides_of = [](const Strides& strides) {
+    return AttentionStrides{strides[0], strides[1], strides[2]};
+  };
+
+  py::class_<AttentionInputs>(m, "AttentionInputs", py::module_local())
+      .def(py::init([=](Address query, Address key, Address value, const Strides& query_strides,
+                        const Strides& key_strides, const Strides& value_strides, int64_t batch,
+                        int64_t heads, int64_t group_size, int num_queries, int num_keys,
+                        int head_dim, int value_dim, Address bounds_q, Address bounds_k,
+                        Address key_start, Address key_end, int num_documents, int window,
+                        int64_t heads_per_section, double scale, double softcap) {
+             return AttentionInputs{at(query),
+                                    at(key),
+                                    at(value),
+                                    strides_of(query_strides),
+                                    strides_of(key_strides),
+                                    strides_of(value_strides),
+                                    batch,
+                                    heads,
+                                    group_size,
+                                    num_queries,
+                                    num_keys,
+                                    head_dim,
+                                    value_dim,
+                                    at<int>(bounds_q),
+                                    at<int>(bounds_k),
+                                    at<int>(key_start),
+                                    at<int>(key_end),
+                                    num_documents,
+                                    window,
+                                    heads_per_section,
+                                    scale,
+                                    softcap};
+           }),
+           py::kw_only(), "query"_a, "key"_a, "value"_a, "query_strides"_a, "key_strides"_a,
+           "value_strides"_a, "batch"_a, "heads"_a, "group_size"_a, "num_queries"_a, "num_keys"_a,
+           "head_dim"_a, "value_dim"_a, "bounds_q"_a, "bounds_k"_a, "key_start"_a, "key_end"_a,
+           "num_documents"_a, "window"_a, "heads_per_section"_a, "scale"_a, "softcap"_a);
+
+  py::class_<AttentionUpstream>(m, "AttentionUpstream", py::module_local())
+      .def(py::init([=](Address dout, const Strides& dout_strides, Address lse, Address delta) {
+             return AttentionUpstream{at(dout), strides_of(dout_strides), at(lse), at(delta)};
+           }),
+           py::kw_only(), "dout"_a, "dout_strides"_a, "lse"_a, "delta"_a);
+
+  py::enum_<AttentionStep>(m, "AttentionStep", py::module_local())
+      .value("forward", AttentionStep::kForward)
+      .value("dkdv", AttentionStep::kDkDv)
+      .value("dq", AttentionStep::kDq);
+
+  m.def("attention_fits", attention_fits, py::kw_only(), "step"_a, "dtype"_a, "head_dim"_a,
+        "value_dim"_a, "shared_limit"_a);
+
+  m.def(
+      "attention_forward",
+      [](Dtype dtype, const AttentionInputs& inputs, Address sinks, Address out, Address lse,
+         const AttentionPlan& plan, int device, Address stream) {
+        const AttentionResults results{at(sinks), at(out), at(lse)};
+        require(attention_forward(dtype, inputs, results, plan, device, at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "inputs"_a, "sinks"_a, "out"_a, "lse"_a, "plan"_a, "device"_a,
+      "stream"_a);
+
+  m.def(
+      "attention_delta",
+      [](Dtype dtype, const AttentionInputs& inputs, const AttentionUpstream& upstream,
+         Address out, Address dlse, Address delta, int device, Address stream) {
+        require(attention_delta(dtype, inputs, upstream, at(out), at(dlse), at(delta), device,
+                                at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "inputs"_a, "upstream"_a, "out"_a, "dlse"_a, "delta"_a,
+      "device"_a, "stream"_a);
+
+  m.def(
+      "attention_dkdv",
+      [](Dtype dtype, const AttentionInputs& inputs, const AttentionUpstream& upstream,
+         Address dkey, Address dvalue, const AttentionPlan& plan, int device, Address stream) {
+        require(attention_dkdv(dtype, inputs, upstream, at(dkey), at(dvalue), plan, device,
+                               at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "inputs"_a, "upstream"_a, "dkey"_a, "dvalue"_a, "plan"_a,
+      "device"_a, "stream"_a);
+
+  m.def(
+      "attention_dq",
+      [](Dtype dtype, const AttentionInputs& inputs, const AttentionUpstream& upstream,
+         Address dquery, const AttentionPlan& plan, int device, Address stream) {
+        require(attention_dq(dtype, inputs, upstream, at(dquery), plan, device, at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "inputs"_a, "upstream"_a, "dquery"_a, "plan"_a, "device"_a,
+      "stream"_a);
 }
 
 }  // namespace
@@ -53,6 +159,8 @@ PYBIND11_MODULE(_C, m) {
              return LossPlan{threads, blocks_per_row};
            }),
            py::kw_only(), "threads"_a, "blocks_per_row"_a);
+
+  add_attention(m);
 
   py::class_<LossRows>(m, "LossRows", py::module_local())
       .def(py::init([](Address logits, Address targets, Address weight, Address weight_sum,

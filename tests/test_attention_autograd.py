@@ -34,7 +34,7 @@ def _small_blocks():
 
 # in random directions first: all of the Jacobian takes a minute in the interpreter
 @pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_gradients_are_those_of_the_function(device, backend, fast):
     # a GPU multiplies no less than 16 by 16
     block = 16 if device == "cuda" else 2
@@ -52,7 +52,11 @@ def test_gradients_are_those_of_the_function(device, backend, fast):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), with_dtypes(*ALL, dtypes=(torch.float32, torch.bfloat16))
+    ("backend", "dtype"),
+    [
+        *with_dtypes(*ALL, dtypes=(torch.float32, torch.bfloat16)),
+        *with_dtypes("cuda", dtypes=(torch.bfloat16,)),
+    ],
 )
 def test_operators_keep_the_rules_of_torch_library(device, backend, dtype):
     inputs = attention_inputs(1, 5, 7, 2, 1, 8, dtype, device, value_dim=4)
@@ -94,7 +98,7 @@ def test_compiled_calls_give_the_same_bits(device, backend):
         assert_same_bits(results[1], results[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
 def test_any_subset_of_gradients(device, backend, needs):
     inputs = attention_inputs(1, 18, 18, 2, 1, 8, device=device)
@@ -109,7 +113,7 @@ def test_any_subset_of_gradients(device, backend, needs):
         assert x.grad is None or torch.equal(x.grad, grad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_gradients_may_arrive_in_any_layout(device, backend):
     inputs = attention_inputs(2, 5, 5, 2, 1, 8, device=device)
     dout, dlse = upstream(inputs[0], inputs[2])
@@ -118,13 +122,13 @@ def test_gradients_may_arrive_in_any_layout(device, backend):
         strided = dout.transpose(a, b).contiguous().transpose(a, b)
         strided_lse = dlse.transpose(1, 2).contiguous().transpose(1, 2)
         got = run(*inputs, backend=backend, dout=strided, dlse=strided_lse)
-        if backend == "triton":
+        if backend in ("triton", "cuda"):
             assert_same_bits(got, expected)
         for a_result, b_result in zip(got, expected, strict=True):
             torch.testing.assert_close(a_result, b_result)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_lse_alone_and_out_alone_have_gradients(device, backend):
     inputs = attention_inputs(1, 18, 18, 2, 1, 8, device=device)
     dout, dlse = upstream(inputs[0], inputs[2])
@@ -149,7 +153,7 @@ def test_a_graph_can_be_walked_twice_with_the_same_result(device):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_double_backward_raises(device, backend):
     leaves = [x.requires_grad_() for x in attention_inputs(1, 5, 5, 1, 1, 8, device=device)]
     out = fastlm.causal_attention(*leaves, backend=backend)
@@ -228,7 +232,7 @@ def test_torch_is_not_left_alone_with_anything_else(monkeypatch):
     assert len(calls) == 11
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_inputs_are_not_modified(device, backend):
     inputs = attention_inputs(1, 18, 12, 2, 1, 8, device=device, value_dim=6)
     copies = [x.clone() for x in inputs]

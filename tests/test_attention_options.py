@@ -79,14 +79,14 @@ def sizes(num_queries=50, num_keys=55):
     return 1, num_queries, num_keys, 2, 1, 16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_every_pair_of_options(device, backend, names):
     inputs = attention_inputs(*sizes(), device=device)
     judge(*inputs, backend=backend, **options(names, device))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(*ALL))
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(*ALL, "cuda"))
 @pytest.mark.parametrize("last", ["packed", "padded"])
 def test_all_options_in_any_dtype(device, backend, dtype, last):
     names = ("window", "softcap", "sinks", last)
@@ -94,7 +94,7 @@ def test_all_options_in_any_dtype(device, backend, dtype, last):
     judge(*inputs, backend=backend, **options(names, device), scale=-0.4)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", [*KERNELS, "cuda"])
 @pytest.mark.parametrize("lengths", [(40, 40), (20, 50), (50, 20), (1, 40)], ids=str)
 def test_windows_of_any_size(device, backend, lengths):
     windows = (1, 2, 15, 16, 17, 33, 39, 40, 1000)
@@ -102,14 +102,14 @@ def test_windows_of_any_size(device, backend, lengths):
     judge_pooled(cases, backend=backend, options=[{"window_size": w} for w in windows])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_a_window_over_everything_is_none(device, backend):
     inputs = attention_inputs(*sizes(), device=device)
     expected = run(*inputs, backend=backend)
     assert_same_bits(run(*inputs, backend=backend, window_size=2**40), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_softcaps_that_no_float32_holds(device, backend):
     inputs = attention_inputs(1, 20, 36, 2, 1, 8, device=device)
     for softcap, same_as in ((5e-324, 1e-20), (1e-40, 1e-20), (1e39, None), (1e300, None)):
@@ -119,7 +119,7 @@ def test_softcaps_that_no_float32_holds(device, backend):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 def test_any_scale_of_square_calls_and_documents(device, backend, scale):
     inputs = attention_inputs(*sizes(40, 40), device=device)
@@ -154,7 +154,7 @@ def per_document(tensors, bounds_q, bounds_k):
         yield queries, keys, alone, dout[:, queries], dlse[..., queries]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("names", [(), ("window", "softcap", "sinks")], ids=["plain", "options"])
 def test_packed_documents_are_calls_of_their_own(device, backend, names):
     inputs = attention_inputs(*sizes(), device=device)
@@ -169,7 +169,7 @@ def test_packed_documents_are_calls_of_their_own(device, backend, names):
         packed = (
             out[:, queries], lse[..., queries], dquery[:, queries], dkey[:, keys], dvalue[:, keys]
         )  # fmt: skip
-        if backend == "triton":
+        if backend in ("triton", "cuda"):
             assert_same_bits(packed, expected)
         for got, want in zip(packed, expected, strict=True):
             torch.testing.assert_close(got, want)
@@ -180,7 +180,7 @@ def test_packed_documents_are_calls_of_their_own(device, backend, names):
     assert not dvalue[:, 50:].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("names", [(), ("window", "softcap", "sinks")], ids=["plain", "options"])
 @pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 7), (21, 3)])
 def test_padding_changes_nothing(device, backend, names, left, right):
@@ -205,7 +205,7 @@ def test_padding_changes_nothing(device, backend, names, left, right):
     inside = slice(left, left + 20)
     out, lse, *grads = results
     kept = (out[:, inside], lse[..., inside], *(grad[:, inside] for grad in grads))
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         assert_same_bits(kept, expected)
     for got, want in zip(kept, expected, strict=True):
         torch.testing.assert_close(got, want)
@@ -214,7 +214,7 @@ def test_padding_changes_nothing(device, backend, names, left, right):
         assert not grad[:, left + 20 :].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_rows_are_padded_each_in_its_own_way(device, backend):
     query, key, value = attention_inputs(4, 30, 33, 2, 1, 8, device=device)
     bounds = {
@@ -248,7 +248,7 @@ def test_small_rows_padded_each_in_its_own_way_are_one_call(monkeypatch):
     test_rows_are_padded_each_in_its_own_way("cpu", "torch")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_boundaries_may_be_64_bits_wide_and_shared(device, backend):
     inputs = attention_inputs(*sizes(50, 50), device=device)
     bounds = tensor(0, 9, 40, device=device)
@@ -275,7 +275,7 @@ def test_more_documents_than_a_program_looks_at_in_one_step(device):
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_a_sink_is_a_key_without_a_value(device, backend):
     query, key, value = attention_inputs(1, 20, 20, 2, 2, 8, torch.float64, device)
     sinks = torch.tensor([0.5, -2.0], dtype=torch.float64, device=device)
@@ -299,7 +299,7 @@ def test_a_sink_is_a_key_without_a_value(device, backend):
     torch.testing.assert_close(same, (without, before))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_queries_that_see_a_sink_alone(device, backend):
     query, key, value = attention_inputs(1, 30, 9, 2, 1, 8, device=device)
     sinks = torch.tensor([0.5, -2.0], device=device)
@@ -317,7 +317,7 @@ def test_queries_that_see_a_sink_alone(device, backend):
 
 # in random directions first: all of the Jacobian takes a minute in the interpreter
 @pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("last", ["packed", "padded"])
 def test_gradients_are_those_of_the_function(device, backend, fast, last):
     block = 16 if device == "cuda" else 2
@@ -345,7 +345,7 @@ def test_gradients_are_those_of_the_function(device, backend, fast, last):
         )
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", [*KERNELS, "cuda"])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
 def test_any_subset_of_gradients(device, backend, needs):
     inputs = attention_inputs(1, 18, 18, 2, 1, 8, device=device)
@@ -363,7 +363,7 @@ def test_any_subset_of_gradients(device, backend, needs):
         assert x.grad is None or torch.equal(x.grad, grad)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", [*KERNELS, "cuda"])
 def test_compiled_calls_give_the_same_bits_for_any_lengths(device, backend):
     def function(query, key, value, sinks, bounds):
         return fastlm.causal_attention(
@@ -524,7 +524,9 @@ def random_options(choose, num_queries, num_keys, heads, device):
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("backend", "dtype"), with_dtypes("triton", "torch", dtypes=DTYPES[:3]))
+@pytest.mark.parametrize(
+    ("backend", "dtype"), with_dtypes("triton", "torch", "cuda", dtypes=DTYPES[:3])
+)
 def test_random_calls(device, backend, dtype, count):
     choose = random.Random(1)
     cases, more = [], []

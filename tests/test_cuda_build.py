@@ -20,6 +20,8 @@ from fastlm.ops.cuda import _extension
 
 MOST_INSTANTIATIONS = 30
 MOST_REGISTERS = 128  # two blocks of 256 threads share a multiprocessor
+# sums of attention stay in registers: of blocks of 128 threads two share a multiprocessor, else one
+MOST_OF_ATTENTION = 255
 DESCRIBE = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
@@ -83,7 +85,8 @@ def test_kernels_fit_without_spills_and_local_memory(built):
     for name, arch, *counts, rest in re.findall(pattern, logs, re.DOTALL):
         stack, stores, loads, registers = map(int, counts)
         assert stack == stores == loads == 0, f"{name} on {arch}"
-        assert registers <= MOST_REGISTERS, f"{name} on {arch}"
+        most = MOST_OF_ATTENTION if "attention" in name else MOST_REGISTERS
+        assert registers <= most, f"{name} on {arch}"
         shared = re.search(r"(\d+) bytes smem", rest)
         assert shared is None or int(shared[1]) <= 48 * 1024, f"{name} on {arch}"
         kernels[arch] += 1

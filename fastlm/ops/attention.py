@@ -32,6 +32,7 @@ MAX_HEAD_DIM = 512
 _INT32_MAX = 2**31 - 1
 BACKENDS = {
     "triton": "fastlm.kernels.attention",
+    "cuda": "fastlm.ops.cuda.attention",
     "torch": "fastlm.ops.eager.attention",
     "reference": "fastlm.ops.reference.attention",
 }
@@ -59,15 +60,15 @@ def causal_attention(
     transposed tensors where T == S.  Elsewhere the ends are aligned, not the beginnings: query t
     sees the keys s <= t + S - T, so that one query over a cache sees all of it.  A query that sees
     no key has out 0, lse -inf and gradient 0.  Scores are never stored (Dao, 2023,
-    https://arxiv.org/abs/2307.08691).  The triton backend copies no input and gives the same bits
-    in every run, and a sequence the same bits whatever is packed, padded or batched with it; the
-    torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs without
+    https://arxiv.org/abs/2307.08691).  The triton and cuda backends copy no input and give the same
+    bits in every run, and a sequence the same bits whatever is packed, padded or batched with it;
+    the torch backend copies what torch's kernels cannot read: 16-bit inputs on CPUs without
     instructions for them, values whose head_dim is not query's.  A NaN or infinity may also spoil
-    positions that do not see it, 0 * NaN being NaN: with reference none, with triton no lse and
-    nothing 256 positions away or further, with torch any.  The triton backend refuses a head_dim
-    whose tiles do not fit the GPU's shared memory, which none up to 256 does in 32 or 16 bits.
-    float32 products on a GPU are in tf32 where ``torch.backends.cuda.matmul.fp32_precision`` says
-    so.
+    positions that do not see it, 0 * NaN being NaN: with reference none, with triton and cuda no
+    lse and nothing 256 positions away or further, with torch any.  The triton backend refuses a
+    head_dim whose tiles do not fit the GPU's shared memory, which none up to 256 does in 32 or 16
+    bits; the cuda backend one above 256, and what docs/cuda.md lists.  float32 products on a GPU
+    are in tf32 where ``torch.backends.cuda.matmul.fp32_precision`` says so, but with cuda never.
 
     Under autocast query, key and value are cast as for torch's attention.  DTensors of one mesh are
     attended where they are if split along rows (dim 0) or heads (dim 2), key heads evenly, and else
@@ -96,7 +97,7 @@ def causal_attention(
             ``key_start[b]`` are padding, which no query sees.
         key_end: ``(B,)``: so are those from ``key_end[b]`` on.
         return_lse: Also return the log-sum-exp of each query's scores, its sink included.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``out`` ``(B, T, H, Dv)`` in the dtype of query; with ``return_lse`` also ``lse``

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastlm
 from fastlm.kernels.attention import tuning
+from fastlm.ops.cuda import attention as of_cuda
 from fastlm.ops.reference import attention as reference
 from fastlm.testing import assert_as_accurate
 
@@ -37,9 +38,15 @@ def with_dtypes(*names: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any
 
 @contextlib.contextmanager
 def blocks(block_m: int, block_n: int) -> Iterator[None]:
-    """Launch with blocks so small that short sequences have several."""
+    """Launch with blocks so small that short sequences have several.
+
+    In CUDA C++ it is warps that a block can have fewer of: with these 64 or 32 rows, 16, and 8.
+    """
     row = tuning.Plan(block_m, block_n, num_warps=4, num_stages=1)
-    with mock.patch.object(tuning, "plan", lambda *_: row):
+    with (
+        mock.patch.object(tuning, "plan", lambda *_: row),
+        mock.patch.object(of_cuda, "MOST_WARPS", {2: 2, 4: 4, 8: 4}),
+    ):
         yield
 
 
