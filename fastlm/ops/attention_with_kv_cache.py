@@ -109,8 +109,8 @@ def attention_with_kv_cache(
             caches alone: what stands for a key is ``k_cache`` times it.  Memory of its own, like
             that of the caches.
         v_scale: The same for ``v_cache``.
-        num_splits: Into how many parts the triton backend divides the keys of each row; None, and
-            with ``cu_seqlens_q`` it must be, lets the length decide.
+        num_splits: Into how many parts the triton backend divides the keys of each row, at most;
+            None lets its length decide.
         return_lse: Also return the log-sum-exp of each query's scores.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -140,8 +140,6 @@ def attention_with_kv_cache(
     new = 0 if key is None or cu_seqlens_q is not None else query.shape[1]
     lengths, length = _checked_lengths(query, new, cache_seqlens, rows, capacity, rotary_cos)
     _check_options(query, scale, window_size, softcap, sinks, num_splits)
-    is_free = cu_seqlens_q is None or num_splits is None
-    check_that(_OP, "num_splits", is_free, "be None with cu_seqlens_q", num_splits)
     if softcap is not None:
         softcap = within_float32(softcap)
     if block_table is not None:
