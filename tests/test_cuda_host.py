@@ -38,6 +38,11 @@ SLOW = pytest.param("tsan", marks=pytest.mark.slow)
 SUMS = [float(sum(i % 7 for i in range(64 * block, 64 * block + 64))) for block in range(4)]
 # the first half of a warp stages 16 bytes each, the second zeros; all are read once
 STAGED = float(sum(i % 7 for i in range(128)))
+# of a product of matrices: element (m, n) counts 8 m + n + 1 times
+PRODUCT = float(sum(
+    (8 * m + n + 1) * ((16 * m + k) % 64 % 7) * ((8 * k + n) % 64 % 7)
+    for m in range(16) for k in range(16) for n in range(8)
+))  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["plain", "asan", SLOW])
@@ -49,6 +54,7 @@ def test_runs_correct_kernels(order, variant):
         ("dynamic_sums", SUMS),
         ("staged", [STAGED] * 4),
         ("halves_apart", [4.0] * 4),
+        ("matrix_products", [PRODUCT] * 4),
     ):
         done = run(planted, name, order)
         assert (done.returncode, done.stderr) == (0, "")
@@ -86,6 +92,27 @@ def test_names_a_bug_of_an_asynchronous_copy(bug, message):
     done = run(program(PLANTED, "plain"), bug)
     assert done.returncode == 3
     assert re.search(rf"async_copy\.cuh:\d+: {message} \[{bug}, ", done.stderr)
+
+
+@pytest.mark.parametrize("bug, message", [
+    ("product_of_some_lanes",
+     "a function of matrices needs all lanes of the warp, and some have ended"),
+    ("product_on_two_ways", r"lanes of a warp meet in different functions, others at .*mma\.cuh"),
+    ("misaligned_matrix", "ldmatrix at an address that is no multiple of 16"),
+    ("matrix_beyond", "ldmatrix beyond the block's shared memory"),
+    ("matrix_in_global_memory", "ldmatrix beyond the block's shared memory"),
+])  # fmt: skip
+def test_names_a_bug_of_a_product_of_matrices(bug, message):
+    done = run(program(PLANTED, "plain"), bug)
+    assert done.returncode == 3
+    assert re.search(rf"mma\.cuh:\d+: {message}.* \[{bug}, ", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("bug", ["wrong_leading_dimension", "wrong_fragment"])
+def test_a_product_of_the_wrong_elements_is_another(bug):
+    results = floats(run(program(PLANTED, "plain"), bug).stdout)
+    assert len(results) == 4
+    assert PRODUCT not in results
 
 
 @pytest.mark.parametrize("bug", ["waits_for_too_few", "reads_shared_unwritten", "no_barrier"])

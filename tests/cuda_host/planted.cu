@@ -13,6 +13,7 @@
 
 #include "async_copy.cuh"
 #include "launch.h"
+#include "mma.cuh"
 #include "reduce.cuh"
 
 using namespace fastlm;
@@ -75,7 +76,119 @@ __global__ void dynamic_sums(const float* x, float* sums) {
   sums[blockIdx.x] = sum;
 }
 
+// A product of 16 x 16 by 16 x 8, x in their rows, its elements weighted by 1, 2, ...
+constexpr int kPadded = 24;  // elements from row to row, 48 bytes
+
+template <typename T>
+__device__ void fill(uint16_t* a, uint16_t* b, const float* x) {
+  for (int i = threadIdx.x; i < 16 * kPadded; i += blockDim.x) {
+    const int row = i / kPadded, column = i % kPadded;
+    const unsigned nan = packed<T>(NAN, NAN);
+    a[i] = uint16_t(column < 16 ? packed<T>(x[(16 * row + column) % kThreads], 0) : nan);
+    b[i] = uint16_t(column < 8 ? packed<T>(x[(8 * row + column) % kThreads], 0) : nan);
+  }
+  __syncthreads();
+}
+
+template <typename T>
+__device__ void product_of(const uint16_t* a, const uint16_t* b, int stride, bool by_shuffles,
+                           float (&c)[4]) {
+  unsigned of_a[4], of_b[4];
+  const int lane = lane_of_warp();
+  load_matrices<false>(of_a, a + lane % 16 * stride + lane / 16 * 8);
+  load_matrices<true>(of_b, b + lane % 16 * stride);
+  if (by_shuffles)
+    multiply_by_shuffles<T>(c[0], c[1], c[2], c[3], of_a, of_b[0], of_b[1]);
+  else
+    multiply<T>(c[0], c[1], c[2], c[3], of_a, of_b[0], of_b[1]);
+}
+
+__device__ void add_weighted(float* sum, const float (&c)[4]) {
+  const int row = lane_of_warp() / 4, column = lane_of_warp() % 4 * 2;
+  for (int i = 0; i < 4; ++i)
+    atomicAdd(sum, c[i] * ((row + i / 2 * 8) * 8 + column + i % 2 + 1));
+}
+
+__global__ void matrix_products(const float* x, float* sums) {
+  FASTLM_SHARED(uint4, memory, 2 * 16 * kPadded / 8);
+  const auto a = reinterpret_cast<uint16_t*>(memory), b = a + 16 * kPadded;
+  float c[4] = {0, 0, 0, 0};
+  if (blockIdx.x < 2) {
+    fill<__half>(a, b, x);
+    product_of<__half>(a, b, kPadded, blockIdx.x == 1, c);
+  } else {
+    fill<__nv_bfloat16>(a, b, x);
+    product_of<__nv_bfloat16>(a, b, kPadded, blockIdx.x == 3, c);
+  }
+  if (threadIdx.x < kWarpSize) add_weighted(sums + blockIdx.x, c);
+}
+
 // ---- found in any build
+
+template <typename Bug>
+__device__ void with_matrices(const float* x, Bug bug) {
+  FASTLM_SHARED(uint4, memory, 2 * 16 * kPadded / 8);
+  const auto a = reinterpret_cast<uint16_t*>(memory), b = a + 16 * kPadded;
+  fill<__half>(a, b, x);
+  bug(a, b);
+}
+
+__global__ void product_of_some_lanes(const float* x, float* sums) {
+  float c[4] = {0, 0, 0, 0};
+  const unsigned a[4] = {0, 0, 0, 0};
+  if (threadIdx.x % 32 != 5) multiply<__half>(c[0], c[1], c[2], c[3], a, 0, 0);
+  sums[0] = c[0] + x[0];
+}
+
+__global__ void product_on_two_ways(const float* x, float* sums) {
+  float c[4] = {0, 0, 0, 0};
+  const unsigned a[4] = {0, 0, 0, 0};
+  if (threadIdx.x % 2)
+    multiply<__half>(c[0], c[1], c[2], c[3], a, 0, 0);
+  else
+    multiply<__nv_bfloat16>(c[0], c[1], c[2], c[3], a, 0, 0);
+  sums[0] = c[0] + x[0];
+}
+
+__global__ void misaligned_matrix(const float* x, float* sums) {
+  with_matrices(x, [=](const uint16_t* a, const uint16_t* b) {
+    float c[4] = {0, 0, 0, 0};
+    product_of<__half>(a, b, kPadded - 4, false, c);
+    sums[0] = c[0];
+  });
+}
+
+__global__ void matrix_beyond(const float* x, float* sums) {
+  with_matrices(x, [=](const uint16_t* a, const uint16_t* b) {
+    float c[4] = {0, 0, 0, 0};
+    product_of<__half>(a, b, kPadded + 8, false, c);
+    sums[0] = c[0];
+  });
+}
+
+__global__ void matrix_in_global_memory(const float* x, float* sums) {
+  unsigned of_a[4];
+  load_matrices<false>(of_a, reinterpret_cast<const uint16_t*>(x));
+  sums[0] = float(of_a[0]);
+}
+
+// numbers, but wrong ones
+__global__ void wrong_leading_dimension(const float* x, float* sums) {
+  with_matrices(x, [=](const uint16_t* a, const uint16_t* b) {
+    float c[4] = {0, 0, 0, 0};
+    product_of<__half>(a, b, kPadded - 8, false, c);
+    if (threadIdx.x < kWarpSize) add_weighted(sums + blockIdx.x, c);
+  });
+}
+
+__global__ void wrong_fragment(const float* x, float* sums) {
+  with_matrices(x, [=](const uint16_t* a, const uint16_t* b) {
+    float c[4] = {0, 0, 0, 0};
+    product_of<__half>(a, b, kPadded, false, c);
+    const float by_columns[4] = {c[0], c[2], c[1], c[3]};
+    if (threadIdx.x < kWarpSize) add_weighted(sums + blockIdx.x, by_columns);
+  });
+}
 
 __global__ void divergent_barrier(const float*, float*) {
   if (threadIdx.x < 16) {
@@ -222,6 +335,14 @@ const Case kCases[] = {
     {NAMED(staged)},
     {NAMED(halves_apart)},
     {NAMED(dynamic_sums), 4, 1, kThreads, kDynamic},
+    {NAMED(matrix_products)},
+    {NAMED(product_of_some_lanes)},
+    {NAMED(product_on_two_ways)},
+    {NAMED(misaligned_matrix)},
+    {NAMED(matrix_beyond)},
+    {NAMED(matrix_in_global_memory)},
+    {NAMED(wrong_leading_dimension)},
+    {NAMED(wrong_fragment)},
     {NAMED(divergent_barrier)},
     {NAMED(barrier_for_some)},
     {NAMED(deadlock)},
@@ -276,7 +397,7 @@ int run(const Case& chosen) {
   }
   int bits[kBlocks];
   memcpy(bits, sums.get(), sizeof bits);
-  for (int64_t i = 0; i < kBlocks; ++i) printf("%g ", sums.get()[i]);
+  for (int64_t i = 0; i < kBlocks; ++i) printf("%.9g ", sums.get()[i]);
   for (int64_t i = 0; i < kBlocks; ++i) printf("%d ", bits[i]);
   return 0;
 }

@@ -1,7 +1,7 @@
 // CUDA C++ for g++: what csrc/*.cuh may use of the language, as functions of the runtime beside.
 //
 // NVIDIA's own headers give the vector types, bfloat16 and half, whose host code rounds as the
-// device does.  Not here, because no kernel uses it: tensor cores, clusters, TMA, textures.
+// device does.  Not here, because no kernel uses it: wmma, wgmma, clusters, TMA, textures.
 #pragma once
 
 // These would declare threadIdx anew, and use keywords that are gone below.
@@ -14,6 +14,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "matrices.h"
 #include "runtime.h"
 
 #undef __constant__

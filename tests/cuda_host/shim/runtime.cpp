@@ -26,6 +26,9 @@ dim3 gridDim;
 namespace shim {
 namespace {
 
+constexpr size_t kMostOffered = 48;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
 struct Copy {
   void* destination;
   const void* source;
@@ -44,8 +47,8 @@ struct Thread {
   int copy_group = 0;
 
   // of the collective under way
-  alignas(16) unsigned char offered[16];
-  alignas(16) unsigned char received[16];
+  alignas(16) unsigned char offered[kMostOffered];
+  alignas(16) unsigned char received[kMostOffered];
   int source = -1;
 };
 
@@ -56,11 +59,13 @@ struct Meeting {
   size_t bytes;
   Where at;
   char* tag;  // for happens_before(), its own: lanes may meet again before all have gone on
+  Combine combine;
 };
 
 struct SharedBlock {
   const void* site;
   char* memory;
+  size_t bytes;
 };
 
 struct State {  // of the one launch that is under way
@@ -99,6 +104,7 @@ const char* name_of(Collective kind) {
   switch (kind) {
     case Collective::sync: return "__syncwarp";
     case Collective::shuffle: return "a shuffle";
+    case Collective::matrix: return "a function of matrices";
     default: return "a vote";
   }
 }
@@ -118,15 +124,6 @@ void note_error(const std::string& what, Where at) {
   state.error = text(at) + ": " + what + " [" + state.work.name + ", block " +
                 text(dim3(blockIdx.x, blockIdx.y, blockIdx.z)) + ", thread " +
                 std::to_string(state.current) + "]";
-}
-
-// Ends the launch, from within a thread.  `others` is where the threads are that this one misses.
-[[noreturn]] void fail(const char* what, Where at, const Where* others = nullptr) {
-  {
-    const Unwatched unwatched;
-    note_error(others ? what + text(*others) : what, at);
-  }
-  current().fiber.finish();
 }
 
 // Returns when somebody has cleared `waits_in`.
@@ -158,8 +155,23 @@ unsigned alive_lanes(int warp) {
   return lanes;
 }
 
+// What all lanes offer, changed by all of it.
+void combine_lanes(int warp, const Meeting& meeting) {
+  if (meeting.arrived != kAllLanes)
+    return note_error("a function of matrices needs all lanes of the warp, and some have ended",
+                      meeting.at);
+  unsigned char* values[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    Thread& thread = thread_of(warp, lane);
+    copy_bytes(thread.received, thread.offered, meeting.bytes);
+    values[lane] = thread.received;
+  }
+  meeting.combine(values);
+}
+
 // Exchanges values and lets the lanes go on.
 void conclude(int warp, const Meeting& meeting) {
+  if (meeting.kind == Collective::matrix) combine_lanes(warp, meeting);
   unsigned votes = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(meeting.arrived >> lane & 1)) continue;
@@ -336,6 +348,15 @@ bool within_limits(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
 
 }  // namespace
 
+// `others` is where the threads are that this one misses.
+void fail(const char* what, Where at, const Where* others) {
+  {
+    const Unwatched unwatched;
+    note_error(others ? what + text(*others) : what, at);
+  }
+  current().fiber.finish();
+}
+
 void launch(const Work& work, dim3 grid, dim3 block, size_t shared_bytes) {
   std::lock_guard<std::mutex> guard(state.one_launch_at_a_time);
   if (!within_limits(work.kernel, grid, block, shared_bytes)) return;
@@ -381,12 +402,15 @@ void block_barrier(Where at) {
   happens_after(tag);
 }
 
-void collective(Collective kind, unsigned mask, void* value, size_t bytes, int source, Where at) {
+namespace {
+
+void meet(const Meeting& wanted, void* value, int source) {
   const int warp = state.current / kWarp;
   const unsigned self = 1u << lane();
+  const auto [mask, arrived, kind, bytes, at, no_tag, combine] = wanted;
   if (!(mask & self))
     fail("the mask of a warp's function leaves out the lane that calls it", at);
-  Meeting& meeting = meeting_of(warp, {mask, 0, kind, bytes, at, nullptr});
+  Meeting& meeting = meeting_of(warp, wanted);
   Thread& thread = current();
   if (value) copy_bytes(thread.offered, value, bytes);
   thread.source = source;
@@ -402,6 +426,27 @@ void collective(Collective kind, unsigned mask, void* value, size_t bytes, int s
   if (value && kind != Collective::sync) copy_bytes(value, thread.received, bytes);
 }
 
+}  // namespace
+
+void collective(Collective kind, unsigned mask, void* value, size_t bytes, int source, Where at) {
+  meet({mask, 0, kind, bytes, at, nullptr, nullptr}, value, source);
+}
+
+void whole_warp(void* value, size_t bytes, Combine combine, Where at) {
+  meet({kAllLanes, 0, Collective::matrix, bytes, at, nullptr, combine}, value, -1);
+}
+
+bool is_shared(const void* at, size_t bytes) {
+  const auto within = [&](const char* memory, size_t size) {
+    const auto first = static_cast<const char*>(at);
+    return memory && first >= memory && first + bytes <= memory + size;
+  };
+  if (within(state.dynamic, state.dynamic_bytes)) return true;
+  for (const SharedBlock& block : state.shared)
+    if (within(block.memory, block.bytes)) return true;
+  return false;
+}
+
 void* shared(const void* site, size_t bytes, Where at) {
   for (const SharedBlock& block : state.shared)
     if (block.site == site) return block.memory;
@@ -411,7 +456,7 @@ void* shared(const void* site, size_t bytes, Where at) {
     fail("more than 227 KiB of shared memory", at);
   char* memory = poisoned(bytes);
   const Unwatched unwatched;
-  state.shared.push_back({site, memory});
+  state.shared.push_back({site, memory, bytes});
   return memory;
 }
 

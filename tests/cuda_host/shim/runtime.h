@@ -51,12 +51,23 @@ int lane();  // of the calling thread in its warp
 
 void block_barrier(Where at);
 
-enum class Collective { sync, shuffle, vote };
+enum class Collective { sync, shuffle, vote, matrix };
 
 // Waits for the lanes of `mask`, whose values of `bytes` (16 at most) are then exchanged: a shuffle
 // puts that of lane `source` in the place of each lane's own, where source is not negative; a vote
 // the bits of the lanes whose int is not zero.
 void collective(Collective kind, unsigned mask, void* value, size_t bytes, int source, Where at);
+
+// What a whole warp computes at once: `combine` changes the values of its lanes, `bytes` each (40
+// at most), where they are.
+using Combine = void (*)(unsigned char* const (&values)[kWarp]);
+void whole_warp(void* value, size_t bytes, Combine combine, Where at);
+
+// Ends the launch, from within a thread, with this message.
+[[noreturn]] void fail(const char* what, Where at, const Where* others = nullptr);
+
+// Whether these bytes are shared memory of the block that runs.
+bool is_shared(const void* at, size_t bytes);
 
 // Shared memory of the block that runs: a heap block of its exact size, filled with 0xFF.
 void* shared(const void* site, size_t bytes, Where at);
