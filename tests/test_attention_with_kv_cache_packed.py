@@ -17,7 +17,7 @@ import fastlm
 from fastlm.kernels._launch import recorded
 from fastlm.ops.eager import attention_with_kv_cache as eager
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "cuda", "torch", "reference")
 ALL = {
     "window_size": 20, "softcap": 1.5, "sinks": torch.tensor([0.7, -1.2, 0.0, 0.3]), "rotary": 12,
     "page_size": 7, "value_dim": 11,
@@ -52,7 +52,7 @@ def rows(lengths=LENGTHS, counts=COUNTS, heads=4, kv_heads=1, device="cpu", **op
     return call(lengths, max(counts), heads, kv_heads, device=device, **options)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])
 @pytest.mark.parametrize(
     "option",
     [
