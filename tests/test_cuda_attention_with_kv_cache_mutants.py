@@ -83,6 +83,8 @@ def check() -> None:
         judge(call((40,), 3, head_dim=8, sinks=sinks, softcap=2.0, **options), "cuda")
         judge(call((37, 20), 2, head_dim=8, value_dim=7, page_size=7, rotary=8), "cuda")
         judge(call((40,), 9, 2, head_dim=64, window_size=3), "cuda")
+        # three tiles of a part
+        judge(call((90,), 2, head_dim=8), "cuda", num_splits=1)
         judge(call((37, 20), 2, 4, 2, value_dim=32, page_size=7, int8=True), "cuda")
         judge(call((37, 5, 50), 20, 4, 1, head_dim=4).with_counts((4, 20, 16)), "cuda")
         judge(call((37, 5, 3), 40, 2, 1, head_dim=4).with_counts((3, 2, 40)), "cuda")
