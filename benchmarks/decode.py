@@ -338,7 +338,7 @@ def _of_prompts(
             # every weight is read once for a token of all rows, the tied embedding as the head; and
             # what each row has seen
             itemsize = 1 if provider == "fastlm.int8" else dtype.itemsize
-            read = size.parameters * itemsize
+            read = float(size.parameters * itemsize)
             if provider != "products":
                 seen = batch * (prompt + size.new_tokens / 2)
                 read += size.cache_bytes(seen, dtype.itemsize)
