@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_with_kv_cache.h"
 #include "causal_attention.h"
 #include "cross_entropy.h"
 
@@ -133,6 +134,71 @@ void add_attention(py::module_& m) {
         require(attention_dq(dtype, inputs, upstream, at(dquery), plan, device, at(stream)));
       },
       py::kw_only(), "dtype"_a, "inputs"_a, "upstream"_a, "dquery"_a, "plan"_a, "device"_a,
+        "stream"_a);
+}
+
+void bind_attention_with_kv_cache(py::module_& m) {
+  using namespace fastlm;
+  py::class_<Stored>(m, "Stored", py::module_local())
+      .def(py::init([](Address elements, Address scales, std::array<int64_t, 3> strides,
+                       std::array<int64_t, 3> scale_strides, int dim) {
+             return Stored{at(elements),     at<float>(scales), strides[0],
+                           strides[1],       strides[2],        scale_strides[0],
+                           scale_strides[1], scale_strides[2],  dim};
+           }),
+           py::kw_only(), "elements"_a, "scales"_a, "strides"_a, "scale_strides"_a, "dim"_a);
+
+  py::class_<Given>(m, "Given", py::module_local())
+      .def(py::init([](Address elements, std::array<int64_t, 3> strides) {
+             return Given{at(elements), strides[0], strides[1], strides[2]};
+           }),
+           py::kw_only(), "elements"_a, "strides"_a);
+
+  py::class_<CachedRows>(m, "CachedRows", py::module_local())
+      .def(py::init([](const Stored& keys, const Stored& values, Address lengths, Address table,
+                       Address bounds, Address cos, Address sin, Dtype table_dtype, int turned,
+                       bool is_interleaved, bool appends, int rows, int num_tokens,
+                       int kv_heads, int group_size, int length, int capacity, int max_pages,
+                       int page_size, int num_pages) {
+             return CachedRows{keys,        values,         at<int>(lengths), at<int>(table),
+                               at<int>(bounds), at(cos),    at(sin),          table_dtype,
+                               turned,      is_interleaved, appends,          rows,
+                               num_tokens,  kv_heads,       group_size,       length,
+                               capacity,    max_pages,      page_size,        num_pages};
+           }),
+           py::kw_only(), "keys"_a, "values"_a, "lengths"_a, "table"_a, "bounds"_a, "cos"_a,
+           "sin"_a, "table_dtype"_a, "turned"_a, "is_interleaved"_a, "appends"_a, "rows"_a,
+           "num_tokens"_a, "kv_heads"_a, "group_size"_a, "length"_a, "capacity"_a, "max_pages"_a,
+           "page_size"_a, "num_pages"_a);
+
+  py::class_<CachePlan>(m, "CachePlan", py::module_local())
+      .def(py::init([](int tile, int teams, int parts, int split_keys, int most_splits,
+                       int most_pairs, int splits, int64_t slots, int64_t row_slots) {
+             return CachePlan{tile,   teams, parts,    split_keys, most_splits, most_pairs,
+                              splits, slots, row_slots};
+           }),
+           py::kw_only(), "tile"_a, "teams"_a, "parts"_a, "split_keys"_a, "most_splits"_a,
+           "most_pairs"_a, "splits"_a, "slots"_a, "row_slots"_a);
+
+  m.def(
+      "append_to_kv_cache",
+      [](Dtype dtype, const CachedRows& rows, const Given& key, const Given& value, int device,
+         Address stream) {
+        require(append_to_kv_cache(dtype, rows, key, value, device, at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "rows"_a, "key"_a, "value"_a, "device"_a, "stream"_a);
+
+  m.def(
+      "attend_to_kv_cache",
+      [](Dtype dtype, const CachedRows& rows, const Given& query, double scale, double softcap,
+         int window, Address sinks, Dtype sinks_dtype, Address out, Address lse, Address part_outs,
+         Address part_lses, const CachePlan& plan, int device, Address stream) {
+        const CacheOptions options{scale, softcap, window, at(sinks), sinks_dtype};
+        const Attended results{at(out), at(lse), at(part_outs), at(part_lses)};
+        require(attend_to_kv_cache(dtype, rows, query, options, results, plan, device, at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "rows"_a, "query"_a, "scale"_a, "softcap"_a, "window"_a, "sinks"_a,
+      "sinks_dtype"_a, "out"_a, "lse"_a, "part_outs"_a, "part_lses"_a, "plan"_a, "device"_a,
       "stream"_a);
 }
 
@@ -153,6 +219,8 @@ PYBIND11_MODULE(_C, m) {
       .value("bfloat16", Dtype::kBfloat16)
       .value("float16", Dtype::kFloat16)
       .value("float64", Dtype::kFloat64);
+
+  bind_attention_with_kv_cache(m);
 
   py::class_<LossPlan>(m, "LossPlan", py::module_local())
       .def(py::init([](int threads, int blocks_per_row) {

@@ -24,7 +24,7 @@ import fastlm
 from fastlm.kernels._launch import recorded
 from fastlm.kernels.attention_with_kv_cache import tuning
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "cuda", "torch", "reference")
 OPTIONS = {
     "window": {"window_size": 20},
     "softcap": {"softcap": 1.5},
@@ -130,7 +130,7 @@ def test_a_query_without_keys_gives_nothing(device, backend):
 # ---- the numbers of training
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])
 def test_token_by_token_gives_what_the_whole_sequence_gives(device, backend):
     """Prefill, then tokens one at a time, then a chunk: the rule holds for all of it."""
     length, options = 30, {"window_size": 15, "softcap": 3.0}
@@ -334,7 +334,7 @@ def wrong(**changes):
         ({"sinks": torch.zeros(3)}, ValueError, "sinks must have shape"),
         ({"query": torch.zeros(2, 2, 4, 16).requires_grad_()}, ValueError, "no_grad"),
         ({"sinks": torch.zeros(4).requires_grad_()}, ValueError, "sinks must not require"),
-        ({"backend": "cuda"}, NotImplementedError, "no cuda backend"),
+        ({"backend": "gluon"}, NotImplementedError, "no gluon backend"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )  # fmt: skip
@@ -379,7 +379,7 @@ def random_call(seed, device="cpu"):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])
 @pytest.mark.parametrize(
     "seeds", [range(8), pytest.param(range(8, 200), marks=pytest.mark.slow)], ids=len
 )

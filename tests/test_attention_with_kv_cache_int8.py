@@ -25,7 +25,7 @@ from support.memory import guarded, in_child, sparse
 import fastlm
 from fastlm.kernels import attention_with_kv_cache as kernels
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "cuda", "torch", "reference")
 OPTIONS = {
     "none": {},
     "softcap": {"softcap": 1.5},

@@ -204,7 +204,7 @@ MUTANTS = [
     (Mutant("rows write over each other's splits", DECODE,
             "tl.where(row_slots > 0, row * row_slots, first_token)", "first_token * 0"), packed),
     (Mutant("long rows are put together too", DECODE,
-            "tl.where(count * group_size <= most, count, 0)", "count"), packed),
+            "(pairs > least) & (pairs <= most)", "pairs > least"), packed),
     (Mutant("one query of a row is put together", DECODE, "for query in range(queries):",
             "for query in range(tl.minimum(queries, 1)):"), packed),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ import fastlm
 from fastlm.kernels._launch import recorded
 from fastlm.ops.eager import attention_with_kv_cache as eager
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "cuda", "torch", "reference")
 ALL = {
     "window_size": 20, "softcap": 1.5, "sinks": torch.tensor([0.7, -1.2, 0.0, 0.3]), "rotary": 12,
     "page_size": 7, "value_dim": 11,
@@ -52,7 +52,7 @@ def rows(lengths=LENGTHS, counts=COUNTS, heads=4, kv_heads=1, device="cpu", **op
     return call(lengths, max(counts), heads, kv_heads, device=device, **options)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])
 @pytest.mark.parametrize(
     "option",
     [
@@ -104,6 +104,25 @@ def test_a_row_has_the_bits_it_has_alone(device, heads, counts, options):
         first += count
 
 
+@pytest.mark.parametrize(
+    "num_splits", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2**31))]
+)
+def test_a_fixed_number_of_splits_is_as_accurate_and_as_alone(device, num_splits):
+    """Rows for the first and the last of three launches, all of them split."""
+    counts = (1, 17)
+    base = rows((37, 20), counts, device=device, rotary=16)
+    packed = base.with_counts(counts)
+    judge(packed, "triton", num_splits=num_splits)
+    out, lse, *_ = packed("triton", num_splits=num_splits)
+    for row, first in ((0, 0), (1, 1)):
+        one, count = base.of_row(row), counts[row]
+        tokens = {name: one.options[name][:, :count] for name in ("key", "value")}
+        one = dataclasses.replace(one, query=one.query[:, :count], options=one.options | tokens)
+        alone, alone_lse, *_ = one("triton", num_splits=num_splits)
+        assert torch.equal(alone, out[:, first : first + count])
+        assert torch.equal(alone_lse, lse[:, :, first : first + count])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_of_no_row_give_nothing(device, backend):
     out, lse, *_ = rows(device=device).with_counts(COUNTS, spare=3)(backend)
@@ -150,6 +169,74 @@ def test_counts_have_launches_of_their_own(device):
     with recorded() as log:
         rows((5, 5), (2, 1), device=device).with_counts((2, 1), spare=0)("triton")
     assert [launch.name for launch in log] == ["append_kernel", "decode_kernel", "combine_kernel"]
+
+
+# ---- the torch backend where the host does not look
+
+
+def unread(one):
+    """As on a GPU."""
+    written = [x.clone() for x in one.written.values()]
+    (
+        *_,
+        key,
+        value,
+        lengths,
+        table,
+        bounds,
+        cos,
+        sin,
+        sinks,
+        _,
+        interleaved,
+        scale,
+        window,
+        cap,
+        _,
+    ) = one.arguments()
+    caches = eager._Caches(*written, *[None] * (4 - len(written)), table)
+    capacity = caches.capacity if cos is None else min(caches.capacity, len(cos))
+    with no_host_sync():
+        out, lse = eager._unread_packed(
+            one.query, caches, key, value, bounds, lengths, capacity,
+            None if cos is None else eager._Tables(cos, sin, interleaved),
+            eager._Options(sinks, scale, window, cap),
+        )  # fmt: skip
+    return out, lse, *written
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_torch_without_looking_gives_what_it_gives_looking(device, option, monkeypatch):
+    monkeypatch.setattr(eager, "_WRITTEN_SCORES", 1 << 10)
+    one = rows(device=device, **OPTIONS[option]).with_counts(COUNTS)
+    for got, want in zip(unread(one), one("torch"), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("page_size", [0, 10])
+@pytest.mark.parametrize("lengths", [(81, 0, 99, 5), (-1, 101, 2**31 - 1, 99)], ids=str)
+def test_torch_without_looking_writes_no_row_that_does_not_fit(device, lengths, page_size):
+    """Of the second lengths none fits but that of one row, which has no queries."""
+    counts = (20, 9, 2, 1)
+    one = rows((0, 0, 0, 5), counts, device=device, page_size=page_size, rotary=16)
+    one = dataclasses.replace(one.with_counts(counts), lengths=list(lengths))
+    for got, want in zip(unread(one), one("triton"), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_torch_without_looking_over_no_room_gives_nan(device):
+    one = rows((0, 0), (2, 1), device=device, capacity=0).with_counts((2, 1), spare=1)
+    out, *_ = unread(one)
+    assert out.isnan().flatten(2).all(2).tolist() == [[True, True, True, False]]
+
+
+def test_torch_without_looking_of_no_rows_gives_nothing(device):
+    one = rows((), (1,), device=device)
+    bounds = torch.zeros(1, dtype=torch.int32, device=device)
+    query = torch.randn(1, 3, 4, 16, device=device)
+    out, lse, *_ = unread(dataclasses.replace(one, query=query, options={"cu_seqlens_q": bounds}))
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 # ---- what does not fit
@@ -268,14 +355,6 @@ def test_the_operator_is_registered_as_torch_wants_it(device):
     torch.library.opcheck(operator, (*cleared.arguments(), "triton"))
 
 
-def test_the_torch_backend_refuses_where_the_host_would_wait():
-    one = rows().with_counts(COUNTS)
-    assert eager.forward_refuses(*one.arguments()) is None
-    away = (x.to("meta") if torch.is_tensor(x) else x for x in one.arguments())
-    reason = "cu_seqlens_q is on meta: rows of many lengths are read on the host"
-    assert eager.forward_refuses(*away) == reason
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -288,7 +367,6 @@ def test_the_torch_backend_refuses_where_the_host_would_wait():
         ({"cu_seqlens_q": torch.zeros(5).int()}, ValueError, r"k_cache must have shape \(4, S_max"),
         ({"query": torch.zeros(2, 29, 4, 16)}, ValueError, "query must have B == 1 with cu_seqlen"),
         ({"key": torch.zeros(1, 9, 1, 16)}, ValueError, r"key must have shape \(1, 29, 1, 16\)"),
-        ({"num_splits": 2}, ValueError, "num_splits must be None with cu_seqlens_q, got 2"),
         ({"cache_seqlens": torch.zeros(1).int()}, ValueError, r"cache_seqlens must have shape \(5"),
         ({"cache_seqlens": 101}, ValueError, "cache_seqlens must be from 0 to 100"),
         ({"block_table": torch.zeros(1, 3).int()}, ValueError, r"block_table must have shape \(5"),

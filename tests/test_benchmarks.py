@@ -407,3 +407,26 @@ def test_a_table_says_who_was_not_measured(tables):
 def test_a_case_without_others_has_no_gain(tables):
     (case,) = tables.cases(ROWS[3:])
     assert tables._comparison(case) == ("", "", "")
+
+
+# Decoding
+
+
+def test_what_decoding_cannot_be_measured_on_is_listed_with_the_reason(tmp_path):
+    path = tmp_path / "decode.json"
+    done = run(
+        sys.executable, ROOT / "benchmarks" / "decode.py", "--device", "cpu", "--size", "1M",
+        "--batch", 1, 64, 4096, "--cache", 131_072, "--rounds", 2, "--most-seconds", 0,
+        "--only", "fastlm", "fastlm.ragged", "products", "--json", path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    # of one prompt none is shorter than the others
+    providers = ["fastlm", "products", *["fastlm", "fastlm.ragged", "products"] * 2]
+    assert [row["provider"] for row in rows] == providers
+    assert [row["shape"]["B"] for row in rows] == [1] * 2 + [64] * 3 + [4096] * 3
+    assert all(row["shape"]["prompt"] == 131_072 for row in rows)
+    assert rows[0]["absent"].startswith("time: the prompts alone would take ")
+    # 4 layers of two times 128 numbers for a token, in twice the memory
+    assert rows[-1]["absent"].startswith("memory: weights and caches are 4102.")
+    assert done.stdout.count("not run: ") == 3

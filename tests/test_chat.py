@@ -132,7 +132,8 @@ def test_flags_that_no_answer_changes(folder, chat):
 
 
 def test_the_most_likely_tokens_are_shown_after_an_answer(folder, chat):
-    out, err = chat(folder, "/set top_logprobs=2\nthe cat\n/set top_logprobs=-1\n")
+    lines = "/set top_logprobs=2\nthe cat\n/set top_logprobs=-1\n"
+    out, err = chat(folder, lines, code=FAILED)
     assert out == expected(folder, ["the cat"])
     shown = [re.fullmatch(r"(.+) (.+)% of \1 \2%, .+ (.+)%", line) for line in err.splitlines()]
     rows = [match for match in shown if match]
@@ -185,7 +186,8 @@ def test_help_shows_the_commands_and_set_the_settings(folder, chat):
     ],
 )
 def test_what_cannot_be_done_is_said_and_changes_nothing(line, message, folder, chat):
-    out, err = chat(folder, f"the cat\n{line}\nsat\n")
+    # who reads the answers of a pipe learns that one is missing
+    out, err = chat(folder, f"the cat\n{line}\nsat\n", code=FAILED)
     assert out == expected(folder, ["the cat", "sat"])
     (said,) = (text for text in err.splitlines() if not text.startswith("stopped after"))
     assert re.search(message, said), said
@@ -255,7 +257,7 @@ def test_a_model_that_breaks_ends_its_answer_and_not_the_program(folder, chat, m
         return itertools.chain(itertools.islice(items, 1), raising(raise_))
 
     monkeypatch.setattr(LanguageModel, "stream", broken)
-    out, err = chat(folder, "sat\n/reset\nthe cat\n")
+    out, err = chat(folder, "sat\n/reset\nthe cat\n", code=FAILED)
     assert out.endswith(expected(folder, ["the cat"])) and out.count("\n") > 1
     assert err.count("the model's logits are not finite") == 1
 
@@ -325,6 +327,9 @@ def test_in_a_terminal(tmp_path):
         time.sleep(0.3)
         os.write(outer, b"\x03")
         read_until(outer, "> ")
+        # who types sees what is refused: it is no failure of the program
+        os.write(outer, b"/set seed=x\n")
+        read_until(outer, "whole number, got 'x'\r\n> ")
         os.write(outer, b"/set seed=1\n")
         assert "typo" not in read_until(outer, "> ")
         os.write(outer, b"\x04")

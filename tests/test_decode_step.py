@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from support.models import scramble, tiny_model
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastlm
-from fastlm.model import graphed_step
+from fastlm.model import decode_step as decode_step_module
+from fastlm.model import generate, graphed_step
 from fastlm.model.decode_step import DirectStep, _by_modules, decode_step
+from fastlm.model.generate import Generation, Request
 from fastlm.model.graphed_step import GraphedStep
 from fastlm.model.prefill import prefill
 from fastlm.model.products import MOST_ROWS, FewRows
+from fastlm.model.sampling import Sampling
 from fastlm.testing import assert_as_accurate
 
 MODELS = {
@@ -230,7 +235,8 @@ def graphs(monkeypatch):
 
     for name, fake in {
         "device": lambda device: contextlib.nullcontext(),
-        "CUDAGraph": Graph, "graph": captures, "Stream": Stream, "current_stream": Stream,
+        "CUDAGraph": Graph, "graph": captures, "Stream": Stream,
+        "current_stream": lambda device=None: Stream(),
         "stream": lambda stream: contextlib.nullcontext(), "graph_pool_handle": lambda: "pool",
     }.items():  # fmt: skip
         monkeypatch.setattr(graphed_step.torch.cuda, name, fake)
@@ -253,6 +259,7 @@ def graphs(monkeypatch):
         return graph, inputs, logits
 
     monkeypatch.setattr(GraphedStep, "_captured", captured)
+    monkeypatch.setattr(graphed_step, "_kept", weakref.WeakKeyDictionary())
 
 
 @torch.inference_mode()
@@ -282,3 +289,102 @@ def test_a_graph_serves_growing_lengths_and_rows_that_leave(graphs, monkeypatch)
         buckets.append(Graph.captured)
     # five rows, four, three in the graph of four, two, one
     assert buckets == [1, 1, 2, 2, 3, 4, 4]
+
+
+# ---- graphs that are kept
+
+
+@pytest.fixture
+def as_on_a_gpu(graphs, monkeypatch):
+    """``generate`` of a model as on a GPU: by graphs."""
+
+    def run_as(model):
+        def new_step(model, *sizes):
+            make = functools.partial(functools.partial, _by_modules, model)
+            return graphed_step.graphed_step(model, make, *sizes)
+
+        monkeypatch.setattr(generate, "new_step", new_step)
+        step_of = functools.partial(functools.partial, _by_modules, model)
+        monkeypatch.setattr(GraphedStep, "step_of", staticmethod(step_of), raising=False)
+        return model
+
+    return run_as
+
+
+def captures_of(model, *arguments, **options):
+    """How many graphs a generation captures; its tokens must be those of the modules."""
+    before = Graph.captured
+    got = model.generate(*arguments, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "new_step", decode_step_module.new_step)
+        assert torch.equal(got, model.generate(*arguments, **options))
+    return Graph.captured - before
+
+
+def test_graphs_are_kept_for_generations_of_the_same_shape(as_on_a_gpu):
+    model = as_on_a_gpu(tiny_model(max_position_embeddings=600))
+    assert captures_of(model, [[1, 2, 3]], 5) == 1
+    # other texts and other lengths
+    assert captures_of(model, [[7] * 9], 12) == 0
+    # rows up to the next power of two
+    assert captures_of(model, [[1], [2, 3], [4]], 5) == 1
+    assert captures_of(model, [[1], [2, 3], [4], [5] * 7], 5, num_return_sequences=1) == 0
+    # a cache that is longer, or of another kind
+    assert captures_of(model, [[1]], 4) == 1
+    assert captures_of(model, [[1] * 260], 3) == 1
+    assert captures_of(model, [[1] * 260], 3, kv_cache="int8") == 1
+    assert captures_of(model, [[2] * 270], 3, kv_cache="int8") == 0
+
+
+def test_graphs_follow_weights_that_change_in_place_alone(as_on_a_gpu):
+    model = as_on_a_gpu(tiny_model())
+    assert captures_of(model, [[1, 2]], 5) == 1
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
+    assert captures_of(model, [[1, 2]], 5) == 0
+    layer = model.model.layers[0].mlp
+    layer.up_proj.weight = torch.nn.Parameter(layer.up_proj.weight.detach() * 2)
+    assert captures_of(model, [[1, 2]], 5) == 1
+    again = torch.nn.Linear(*reversed(layer.up_proj.weight.shape), bias=False)
+    again.weight = layer.up_proj.weight
+    layer.up_proj = again
+    assert captures_of(model, [[1, 2]], 5) == 1
+
+
+def test_generations_side_by_side_have_caches_of_their_own(as_on_a_gpu):
+    model = as_on_a_gpu(tiny_model())
+    model.generate([[1, 2]], 3)
+    kept = graphed_step._kept[model].graphed._whole.keys
+    requests = [
+        Request(prompt=prompt, max_new_tokens=4, sampling=Sampling()) for prompt in ((1, 2), (3,))
+    ]
+    both = [Generation(model, [request]) for request in requests]
+    got = [[drawn.token for one in both for drawn in one.step()] for _ in range(4)]
+    assert both[0]._cache.keys.data_ptr() == kept.data_ptr() != both[1]._cache.keys.data_ptr()
+    for row, request in enumerate(requests):
+        want = model.generate([list(request.prompt)], 4)[0, len(request.prompt) :]
+        assert [tokens[row] for tokens in got] == want.tolist()
+
+
+def test_a_generation_that_was_stopped_leaves_its_graphs_too(as_on_a_gpu):
+    model = as_on_a_gpu(tiny_model())
+    generation = Generation(model, [Request(prompt=(1,), max_new_tokens=9, sampling=Sampling())])
+    generation.step()
+    generation.step()
+    generation.end(0)
+    with pytest.raises(RuntimeError, match="the generation that it was made for has ended"):
+        generation._step(torch.zeros(1, 2, dtype=torch.int64))
+    assert captures_of(model, [[1]], 5) == 0
+
+
+def test_graphs_end_with_their_model(as_on_a_gpu, monkeypatch):
+    model = as_on_a_gpu(tiny_model())
+    model.generate([[1, 2]], 3)
+    gone, kept = weakref.ref(model), graphed_step._kept
+    assert len(kept) == 1
+    # what stands for a GPU knows the model
+    monkeypatch.undo()
+    del model
+    gc.collect()
+    assert gone() is None
+    assert len(kept) == 0

@@ -38,7 +38,10 @@ for op in (attention, attention_with_kv_cache, cross_entropy, linear_cross_entro
     sys.modules[f"{op.__name__}.launch"].refuses_device = lambda *_: None
 # a GPU decodes by the modules, and finds lengths on the device
 KVCache._known_lengths = lambda cache: cache.seqlens
-generate.decode_step = lambda *args: functools.partial(decode_step._by_modules, *args)
+def new_step(model, batch, max_length, dtype):
+    cache = model.new_cache(batch, max_length, dtype=dtype)
+    return functools.partial(decode_step._by_modules, model, cache), cache
+generate.new_step = new_step
 
 def keys(call):
     with poisoned(0), recorded(run=False) as log:

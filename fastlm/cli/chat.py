@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from fastlm._errors import ArgumentError, UserError
+from fastlm.cli import FAILED
 from fastlm.cli._flags import parse
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class ChatOptions:
     """Talk with a model.
 
     What you type goes to the model by its chat template; a model without one continues it as plain
-    text.  Ctrl-C stops an answer, Ctrl-D ends, /help lists what else there is.
+    text.  Ctrl-C stops an answer, Ctrl-D ends, /help lists what else there is.  Over a pipe each
+    line is a question; one that is refused makes the exit code 1, and the next ones are answered.
     """
 
     run: Positional[str]
@@ -115,6 +117,7 @@ class ChatOptions:
 
 
 def run(argv: Sequence[str]) -> int:
+    """The exit code: over a pipe, where nobody reads along, a failure if a line was not done."""
     options = _checked(parse(ChatOptions, "chat", argv))
     # here and not above: help needs no torch
     from fastlm.inference.conversation import open_conversation
@@ -127,6 +130,7 @@ def run(argv: Sequence[str]) -> int:
         _say(f"{options.run} has no chat template: what you write is continued as plain text")
     if sys.stdin.isatty():
         _say("/help lists the commands, Ctrl-D ends")
+    code = 0
     for line in _lines():
         try:
             if line.startswith("//"):
@@ -137,9 +141,10 @@ def run(argv: Sequence[str]) -> int:
                 break
             else:
                 options = _command(line, options, conversation)
-        except UserError as error:
+        except (UserError, FloatingPointError) as error:
             _say(str(error))
-    return 0
+            code = FAILED
+    return 0 if sys.stdin.isatty() else code
 
 
 def _lines() -> Iterator[str]:
@@ -188,9 +193,9 @@ def _answer(question: str, options: ChatOptions, conversation: Conversation) -> 
     except KeyboardInterrupt:
         print(flush=True)
         _say("stopped")
-    except FloatingPointError as error:
+    except FloatingPointError:
         print(flush=True)
-        _say(str(error))
+        raise
     for item in tokens:
         if item.top_logprobs:
             others = (f"{conversation.shown(n)} {math.exp(p):.1%}" for n, p in item.top_logprobs)

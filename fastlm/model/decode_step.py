@@ -22,7 +22,7 @@ from fastlm.model.blocks import (
     UngatedFeedForward,
 )
 from fastlm.model.direct_attention import Attention, CacheAttention, DirectAttention
-from fastlm.model.graphed_step import GraphedStep
+from fastlm.model.graphed_step import GraphedStep, graphed_step
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.paged_kv_cache import PagedRows
 from fastlm.model.products import Call, FewRows, side_by_side
@@ -46,18 +46,36 @@ def decode_step(model: CausalLM, cache: KVCache | PagedRows) -> Step:
     """
     step = partial(_by_modules, model, cache)
     device_type = cache.device.type
-    is_watched = (
-        _checked.is_on()
-        or torch.is_autocast_enabled(device_type)
-        or nn.modules.module._has_any_global_hook()
-    )
-    if is_watched or not _is_ours(model):
+    if _is_watched(model, device_type):
         return step
     if device_type == "cuda":
         # pages are the host's to choose, for each step anew
         return GraphedStep(step, cache) if isinstance(cache, KVCache) else step
     is_wide = model.model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
     return DirectStep(model, cache) if device_type == "cpu" and is_wide else step
+
+
+def new_step(
+    model: CausalLM, batch: int, max_length: int, dtype: torch.dtype | None
+) -> tuple[Step, KVCache]:
+    """:func:`decode_step` of an empty cache, and that cache; on a GPU with graphs that were kept.
+
+    The arguments are those of :meth:`fastlm.CausalLM.new_cache`.
+    """
+    if batch and model.device.type == "cuda" and not _is_watched(model, "cuda"):
+        return graphed_step(model, partial(partial, _by_modules, model), batch, max_length, dtype)
+    cache = model.new_cache(batch, max_length, dtype=dtype)
+    return decode_step(model, cache), cache
+
+
+def _is_watched(model: CausalLM, device_type: str) -> bool:
+    """Whether modules are to be called one by one."""
+    return (
+        _checked.is_on()
+        or torch.is_autocast_enabled(device_type)
+        or nn.modules.module._has_any_global_hook()
+        or not _is_ours(model)
+    )
 
 
 def _is_ours(model: CausalLM) -> bool:

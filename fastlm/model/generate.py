@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlm._errors import ArgumentError
-from fastlm.model.decode_step import decode_step
+from fastlm.model.decode_step import Step, decode_step, new_step
+from fastlm.model.graphed_step import keep
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.lookup import PromptLookup
 from fastlm.model.paged_kv_cache import PagedRows
@@ -146,6 +147,7 @@ class Generation:
     def end(self, request: int) -> None:
         """Draw no more tokens of a request."""
         self._ended.add(request)
+        self._finish()
 
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
@@ -169,7 +171,15 @@ class Generation:
             if self._runs_ahead and not self._draws_last():
                 # while the host waits for what was drawn
                 self._logits = self._decoded()
-        return self._accepted(read())
+        drawn = self._accepted(read())
+        self._finish()
+        return drawn
+
+    def _finish(self) -> None:
+        """When every request has ended, leave what was captured to the next generation."""
+        if self.is_done and self._has_started:
+            keep(self._model, self._step)
+            self._has_started = False
 
     def _start(self) -> None:
         """Read the prompts, each once."""
@@ -179,11 +189,10 @@ class Generation:
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         sources = [prompts.index(request.prompt) for request in requests]
-        self._cache = self._new_cache(requests, len(prompts))
+        self._step, self._cache = self._new_step(requests, len(prompts))
         first = self._cache.part(0, len(prompts))
         self._logits = prefill(model, prompts, first)[sources][:, None]
         self._cache.spread(sources, first.lengths)
-        self._step = decode_step(model, self._cache)
         self._tokens = torch.zeros(len(requests), dtype=torch.int64, device=device)
         self._steps = torch.zeros_like(self._tokens)
         self._starts = torch.tensor([len(request.prompt) for request in requests], device=device)
@@ -196,20 +205,23 @@ class Generation:
         self._lookups = [PromptLookup(r.prompt) for r in requests] if self._num_guesses else []
         self._has_started = True
 
-    def _new_cache(self, requests: Sequence[Request], num_prompts: int) -> KVCache | PagedRows:
-        """Room for the requests; in pages, whose rows at first are those of the prompts."""
+    def _new_step(
+        self, requests: Sequence[Request], num_prompts: int
+    ) -> tuple[Step, KVCache | PagedRows]:
+        """And room for the requests; in pages, whose rows at first are those of the prompts."""
         context = self._model.config.max_position_embeddings
         sizes = [min(len(r.prompt) + r.max_new_tokens, context) for r in requests]
         if not self._page_size:
             longest = max(sizes, default=1)
-            return self._model.new_cache(len(requests), longest, dtype=self._cache_dtype)
+            return new_step(self._model, len(requests), longest, self._cache_dtype)
         # a row takes the guesses of the others too, beyond what is left to itself
         sizes = [min(size + self._num_guesses, context) for size in sizes]
         # no page is larger than what the longest row fills
         page_size = min(self._page_size, max(sizes, default=1))
         pages = max(1, sum(-(-size // page_size) for size in sizes))
         cache = self._model.new_paged_cache(pages, page_size, dtype=self._cache_dtype)
-        return cache.rows([cache.add() for _ in range(num_prompts)])
+        rows = cache.rows([cache.add() for _ in range(num_prompts)])
+        return decode_step(self._model, rows), rows
 
     def _draws_last(self) -> bool:
         """Whether every row has just drawn all it was asked for."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm.model.kv_cache import KVCache
 
+if TYPE_CHECKING:
+    from fastlm.model.transformer import CausalLM
+
+Step = Callable[[Tensor], Tensor]
 # Runs before the capture, in which kernels are compiled and libraries make their workspaces.
 _WARM_UPS = 2
+# Tokens by which caches that are kept differ in length.
+_LENGTHS = 256
 
 
 class GraphedStep:
@@ -26,7 +34,7 @@ class GraphedStep:
         cache: On a CUDA device.  Its memory must stay where it is.
     """
 
-    def __init__(self, step: Callable[[Tensor], Tensor], cache: KVCache) -> None:
+    def __init__(self, step: Step, cache: KVCache) -> None:
         self._step, self._cache, self._whole = step, cache, cache.part(0, cache.batch)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         with torch.cuda.device(cache.device):
@@ -72,3 +80,95 @@ class GraphedStep:
         finally:
             vars(cache).update(before)
         return graph, inputs, logits
+
+
+class _Kept:
+    """The graphs of a model that rests, and the memory they write to."""
+
+    def __init__(self, model: nn.Module, graphed: GraphedStep) -> None:
+        # of the model itself nothing: it is to end when its user has forgotten it
+        graphed._step = _rests
+        self.graphed = graphed
+        self._modules = [weakref.ref(module) for module in model.modules()]
+        self._addresses = _addresses(model)
+        self._stream = torch.cuda.current_stream(graphed._cache.device)
+
+    def serves(self, model: nn.Module, shape: torch.Size, dtype: torch.dtype) -> bool:
+        """Whether the model is what was captured, and the cache of keys the one that is wanted."""
+        keys = self.graphed._whole.keys
+        modules = list(model.modules())
+        return (
+            (keys.shape, keys.dtype) == (shape, dtype)
+            and len(modules) == len(self._modules)
+            and all(a() is b for a, b in zip(self._modules, modules, strict=True))
+            and self._addresses == _addresses(model)
+        )
+
+    def wake(self, step: Callable[[KVCache], Step], batch: int) -> tuple[GraphedStep, KVCache]:
+        """The same with an empty cache of ``batch`` sequences."""
+        graphed = self.graphed
+        cache = graphed._cache
+        # another stream may have replayed last
+        torch.cuda.current_stream(cache.device).wait_stream(self._stream)
+        vars(cache).update(vars(graphed._whole.part(0, batch)))
+        cache.set_lengths([0] * batch)
+        graphed._step = step(cache)
+        return graphed, cache
+
+
+# of each model those of the generation that ended last
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+
+
+def graphed_step(
+    model: CausalLM,
+    step: Callable[[KVCache], Step],
+    batch: int,
+    max_length: int,
+    dtype: torch.dtype | None,
+) -> tuple[GraphedStep, KVCache]:
+    """A step and its empty cache of ``batch`` sequences; with the graphs of a generation before.
+
+    A capture takes longer than many tokens.  Graphs write where they did when they were captured,
+    so they are kept with their cache, for the next generation of the model whose cache, rounded up
+    to a power of two sequences and to a length that many ask for, has the same shape.  Parameters
+    may change in place; with other modules, or parameters elsewhere, there is a capture anew.  Who
+    takes graphs has them alone, until :func:`keep`.
+
+    Args:
+        model: On a CUDA device.
+        step: Makes a step of a cache, as :class:`GraphedStep` takes it.
+        batch: Number of sequences.
+        max_length: Tokens that each may reach.
+        dtype: Of the cache, as :meth:`fastlm.CausalLM.new_cache` takes it.
+    """
+    context = model.config.max_position_embeddings
+    rows = 1 << (batch - 1).bit_length()
+    length = min(-(-max_length // _LENGTHS) * _LENGTHS, context)
+    kept = _kept.pop(model, None)
+    if kept is not None:
+        layers, *_, kv_heads, head_dim = kept.graphed._whole.keys.shape
+        shape = torch.Size((layers, rows, length, kv_heads, head_dim))
+        if kept.serves(model, shape, dtype or model.model.embed_tokens.weight.dtype):
+            return kept.wake(step, batch)
+        # before there is another cache
+        del kept
+    cache = model.new_cache(rows, length, dtype=dtype)
+    graphed = GraphedStep(step(cache), cache)
+    cache.keep(range(batch))
+    return graphed, cache
+
+
+def keep(model: CausalLM, step: Any) -> None:
+    """Keep the graphs of a step that is done, if it is one of :func:`graphed_step`."""
+    if isinstance(step, GraphedStep):
+        _kept[model] = _Kept(model, step)
+
+
+def _addresses(model: nn.Module) -> list[tuple[int, torch.dtype]]:
+    """Where a graph finds the weights."""
+    return [(x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers())]
+
+
+def _rests(tokens: Tensor) -> Tensor:
+    raise RuntimeError("GraphedStep: the generation that it was made for has ended")

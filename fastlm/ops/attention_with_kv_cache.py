@@ -27,6 +27,7 @@ MAX_HEAD_DIM = 512
 _INT32_MAX = 2**31 - 1
 BACKENDS = {
     "triton": "fastlm.kernels.attention_with_kv_cache",
+    "cuda": "fastlm.ops.cuda.attention_with_kv_cache",
     "torch": "fastlm.ops.eager.attention_with_kv_cache",
     "reference": "fastlm.ops.reference.attention_with_kv_cache",
 }
@@ -63,12 +64,13 @@ def attention_with_kv_cache(
     read, and no token before them is written.  With ``key`` each row takes T tokens more, and
     queries and keys are rotated as by :func:`apply_rotary` at the positions L - T to L - 1.
 
-    The triton backend divides the keys of a row among programs and puts their results together
-    (Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).  Into how many
-    parts depends on L and on T H / G alone, so a row has the same bits in any batch and in a cache
-    of any size or kind.  Its workspace, of D + 1 floats for each query, head and part, has room for
-    the longest row that the cache can hold, where lengths are on the device; with ``cu_seqlens_q``
-    for all queries, or as many as can have parts if they are fewer.  There is no gradient.
+    The triton and cuda backends divide the keys of a row among programs and put their results
+    together (Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).  Into how
+    many parts depends on L and on T H / G alone, so a row has the same bits in any batch and in a
+    cache of any size or kind.  Their workspace, of D + 1 floats for each query, head and part, has
+    room for the longest row that the cache can hold, where lengths are on the device; with
+    ``cu_seqlens_q`` for all queries, or as many as can have parts if they are fewer.  There is no
+    gradient.
     Under autocast query, key and value are cast to the dtype of the caches, or to autocast's if
     those are int8.
 
@@ -82,7 +84,7 @@ def attention_with_kv_cache(
 
     Args:
         query: ``(B, T, H, D)``; float32, bfloat16, float16 or float64; T from 1, D from 1
-            to 512, of which the triton backend takes 256.
+            to 512, of which the triton and cuda backends take 256.
         k_cache: ``(B, S_max, G, D)``, dtype of query or int8, written in place; or, with
             ``block_table``, pages ``(pages, page_size, G, D)``.  H must be a multiple of G.
         v_cache: ``(B, S_max, G, Dv)`` or ``(pages, page_size, G, Dv)``, likewise.  With ``key``
@@ -109,10 +111,10 @@ def attention_with_kv_cache(
             caches alone: what stands for a key is ``k_cache`` times it.  Memory of its own, like
             that of the caches.
         v_scale: The same for ``v_cache``.
-        num_splits: Into how many parts the triton backend divides the keys of each row; None, and
-            with ``cu_seqlens_q`` it must be, lets the length decide.
+        num_splits: Into how many parts these two divide the keys of each row, at most; None lets
+            its length decide.
         return_lse: Also return the log-sum-exp of each query's scores.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``out`` ``(B, T, H, Dv)`` in the dtype of query; with ``return_lse`` also ``lse``
@@ -140,8 +142,6 @@ def attention_with_kv_cache(
     new = 0 if key is None or cu_seqlens_q is not None else query.shape[1]
     lengths, length = _checked_lengths(query, new, cache_seqlens, rows, capacity, rotary_cos)
     _check_options(query, scale, window_size, softcap, sinks, num_splits)
-    is_free = cu_seqlens_q is None or num_splits is None
-    check_that(_OP, "num_splits", is_free, "be None with cu_seqlens_q", num_splits)
     if softcap is not None:
         softcap = within_float32(softcap)
     if block_table is not None:

@@ -130,10 +130,12 @@ def decode_kernel(
     kv_head = (program % kv_heads).to(tl.int64)
     batch = batch_kv_heads // kv_heads
     if IS_PACKED and SPLIT_KEYS == 0:
+        # blocks of all rows, or one more for each than it needs
+        blocks = num_queries * group_size // BLOCK_M + batch
         row, block = row_of(
-            program // kv_heads, bounds_ptr, batch, num_queries, group_size, BLOCK_M
+            program // kv_heads % blocks, bounds_ptr, batch, num_queries, group_size, BLOCK_M
         )
-        split = 0
+        split = program // kv_heads // blocks
     else:
         # no row has more
         pairs = num_queries * group_size
@@ -274,7 +276,8 @@ def combine_kernel(
     capacity,
     parts,  # read if SPLIT_KEYS == 0
     splits,
-    most,  # as above
+    least,  # as above
+    most,
     slots,
     row_slots,
     VALUE_DIM: tl.constexpr,
@@ -290,7 +293,8 @@ def combine_kernel(
 ):
     """One program puts one query of one head together, from the splits that its row has.
 
-    Of rows that stand side by side it is all queries of a row of ``most`` pairs at most.
+    Of rows that stand side by side it is all queries of a row with more than ``least`` and at most
+    ``most`` pairs.
     """
     program = tl.program_id(0).to(tl.int64)
     if IS_PACKED:
@@ -298,7 +302,8 @@ def combine_kernel(
         first_token, count = document_bounds(row, bounds_ptr, batch, num_queries)
         first_part = head * slots + first_slot(row, first_token, row_slots)
         first_out, first_statistic = first_token, head * num_queries + first_token
-        queries = tl.where(count * group_size <= most, count, 0)
+        pairs = count * group_size
+        queries = tl.where((pairs > least) & (pairs <= most), count, 0)
     else:
         row, count, queries = program // num_queries // heads, num_queries, 1
         head = program // num_queries % heads

@@ -127,20 +127,26 @@ def forward(
     longest = cache_length + num_queries
     if cache_seqlens is not None or is_packed:
         longest = capacity
+    most_pairs = num_queries * group_size
+    classes = tuning.classes(group_size, most_pairs) if is_packed else [(0, most_pairs)]
+    plans = [
+        tuning.plan(min(most, most_pairs), head_dim, value_dim, query.dtype, k_cache.dtype)
+        for _, most in classes
+    ]
+    # a part has a block of keys or more
+    parts = max(1, triton.cdiv(capacity, min(plan.block_n for plan in plans)))
+    parts = min(num_splits or 1, parts)
     # room for the results of splits: each row's own, or where they are fewer, each query's
     row_slots, slots = 0, batch * num_queries
     if is_packed:
         row_slots = tuning.MOST_PAIRS // group_size
         slots = batch * row_slots
-        if slots > num_queries:
+        if slots > num_queries or num_splits is not None:
             row_slots, slots = 0, num_queries
     partial: tuple[Tensor, Tensor] | None = None
-    most_pairs = num_queries * group_size
-    for least, most in tuning.classes(group_size, most_pairs) if is_packed else [(0, most_pairs)]:
+    combining: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+    for (least, most), plan in zip(classes, plans, strict=True):
         pairs = min(most, most_pairs)
-        plan = tuning.plan(pairs, head_dim, value_dim, query.dtype, k_cache.dtype)
-        # a part has a block of keys or more
-        parts = min(num_splits or 1, max(1, triton.cdiv(capacity, plan.block_n)))
         splits, split_keys = parts, tuning.split_keys(pairs) if num_splits is None else 0
         if split_keys:
             splits = min(tuning.MOST_SPLITS, max(1, triton.cdiv(longest, tuning.SPLIT_KEYS)))
@@ -154,12 +160,16 @@ def forward(
                 shape = (heads * slots, splits)
                 partial = lse.new_empty((*shape, value_dim)), lse.new_empty(shape)
             results = partial
-            combining = (parts, splits, most, slots, row_slots), splitting
-        programs = batch * triton.cdiv(pairs, plan.block_m) * splits
+            if split_keys:
+                # these classes are split alike: one launch puts them together
+                combining = []
+            from_pairs = 0 if split_keys else least
+            combining.append(((parts, splits, from_pairs, most, slots, row_slots), splitting))
+        programs = batch * triton.cdiv(pairs, plan.block_m)
         if is_packed and not split_keys:
-            programs = pairs // plan.block_m + batch
+            programs = most_pairs // plan.block_m + batch
         launch(
-            decode_kernel, (kv_heads * programs,),
+            decode_kernel, (kv_heads * programs * splits,),
             query, k_cache, v_cache, k_scale, v_scale, *results, sinks, *tables,
             *query.stride()[:3], *strides,
             batch * kv_heads, kv_heads, group_size, num_queries, *lengths,
@@ -168,8 +178,9 @@ def forward(
             **(splitting | kinds), **turns, **sizes, **options, IS_WHOLE=splits == 1,
             BLOCK_M=plan.block_m, num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
-    if partial is not None:
-        plan, (numbers, splitting) = tuning.COMBINE, combining
+    plan = tuning.COMBINE
+    for numbers, splitting in combining:
+        assert partial is not None
         launch(
             combine_kernel, (batch * heads * (1 if is_packed else num_queries),),
             *partial, out, lse, cache_seqlens, cu_seqlens_q,

@@ -2,7 +2,8 @@
 
 Where the host knows the lengths, rows of one length are a call of causal attention on a view of the
 cache, or on a copy of their pages.  On a GPU the host does not look: all that the cache can hold is
-gathered and masked, in float32.
+gathered and masked, in float32; for rows whose tokens stand side by side, of every row for all
+tokens.
 """
 
 from __future__ import annotations
@@ -57,14 +58,20 @@ def forward(
     if rotary_cos is not None and rotary_sin is not None:
         tables = _Tables(rotary_cos, rotary_sin, rotary_interleaved)
     options = _Options(sinks, scale, window_size, softcap)
-    if cu_seqlens_q is not None:
+    if cu_seqlens_q is not None and query.is_cpu:
         at = sequences_of(query, cu_seqlens_q)
         return _packed(query, caches, key, value, at, cache_seqlens, cache_length, tables, options)
-    if len(query) == 0 or capacity == 0:
+    if cu_seqlens_q is None and (len(query) == 0 or capacity == 0):
         return _empty(query, v_cache, key is None and cache_seqlens is None)
-    if not query.is_cpu and (cache_seqlens is not None or block_table is not None):
+    is_read = cache_seqlens is None and block_table is None and cu_seqlens_q is None
+    if not query.is_cpu and not is_read:
+        rows = len(query) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
         if cache_seqlens is None:
-            cache_seqlens = torch.full((len(query),), cache_length, device=query.device)
+            cache_seqlens = torch.full((rows,), cache_length, device=query.device)
+        if cu_seqlens_q is not None:
+            return _unread_packed(
+                query, caches, key, value, cu_seqlens_q, cache_seqlens, capacity, tables, options
+            )
         return _unread(query, caches, key, value, cache_seqlens, capacity, tables, options)
     new = [0 if key is None else query.shape[1]] * len(query)
     lengths = caches.read(cache_seqlens, cache_length, new, capacity)
@@ -146,21 +153,24 @@ class _Caches:
         for stored, x in self._as_stored(key, value):
             stored[at] = x
 
-    def append_unread(self, positions: Tensor, fits: Tensor, key: Tensor, value: Tensor) -> None:
-        """Write every row that ``fits`` ``(B,)``, at ``positions`` ``(B, T)``.
+    def append_unread(
+        self, rows: Tensor, positions: Tensor, fits: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Write every token that ``fits``, at its place in ``rows``; all three are ``(N,)``.
 
-        A row that does not writes what another one writes, or if there is none what is there.
+        A token that does not writes what another one writes, or if there is none what is there.
         """
-        rows = torch.arange(len(fits), device=fits.device)
-        rows = torch.where(fits, rows, fits.int().argmax())
+        chosen = torch.arange(len(fits), device=fits.device)
+        chosen = torch.where(fits, chosen, fits.int().argmax())
         nothing_fits = ~fits.any()
-        positions = positions[rows].clamp(0, self.capacity - 1)
-        if self.table is None:
-            at = rows[:, None].expand_as(positions), positions
-        else:
-            at = self._places(self.table[rows].clamp(0, len(self.keys) - 1), positions)
+        rows, positions = rows[chosen], positions[chosen].clamp(0, self.capacity - 1)
+        at = rows, positions
+        if self.table is not None:
+            page_size = self.keys.shape[1]
+            pages = self.table[rows, positions // page_size].long()
+            at = pages.clamp(0, len(self.keys) - 1), positions % page_size
         for stored, x in self._as_stored(key, value):
-            stored[at] = torch.where(nothing_fits, stored[at], x[rows])
+            stored[at] = torch.where(nothing_fits, stored[at], x[chosen])
 
     def stored(self, rows: slice, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The first tokens of ``rows``, ``(rows, length, G, D)`` and with Dv, in ``dtype``."""
@@ -178,8 +188,8 @@ class _Caches:
         )
         return k, v
 
-    def hold(self, cache_seqlens: Tensor, new: int, capacity: int) -> Tensor:
-        """``(B,)``: whether a row's length, and its pages, are any."""
+    def hold(self, cache_seqlens: Tensor, new: int | Tensor, capacity: int) -> Tensor:
+        """``(B,)``: whether a row's length, and its pages, are any; with ``new`` more tokens."""
         fits = (cache_seqlens >= 0) & (cache_seqlens <= capacity - new)
         if self.table is not None:
             pages = torch.arange(self.table.shape[1], device=fits.device)
@@ -276,19 +286,72 @@ def _unread(
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """Lengths stay on the device; a row that does not fit gives NaN."""
-    lengths, new = cache_seqlens.long(), 0 if key is None else query.shape[1]
+    batch, num_queries = query.shape[:2]
+    lengths, new = cache_seqlens.long(), 0 if key is None else num_queries
     fits = caches.hold(lengths, new, capacity)
+    tokens = torch.arange(num_queries, device=query.device)
     if key is not None and value is not None:
-        positions = lengths[:, None] + torch.arange(new, device=query.device)
+        positions = lengths[:, None] + tokens
         if tables is not None:
             query, key = tables.turned(query, key, positions.clamp(0, len(tables.cos) - 1))
-        caches.append_unread(positions, fits, key, value)
+        rows = torch.arange(batch, device=query.device)
+        at = (x[:, None].expand_as(positions).flatten() for x in (rows, fits))
+        row_of, fit = at
+        caches.append_unread(
+            row_of, positions.flatten(), fit, key.flatten(0, 1), value.flatten(0, 1)
+        )
     lengths = (lengths + new).masked_fill(~fits, 0)
-    out, lse = _masked(query, caches, lengths, options)
-    if options.sinks is not None:
-        out, lse = attention.with_sinks(out, lse, options.sinks)
+    # the key that each query is aligned with
+    last = tokens + (lengths[:, None] - num_queries)
+    out, lse = _masked(query, caches, lengths, last, options)
     unfit = ~fits[:, None, None]
     out = out.masked_fill(unfit[..., None], torch.nan).to(query.dtype).contiguous()
+    return out, lse.masked_fill(unfit, torch.nan)
+
+
+def _unread_packed(
+    query: Tensor,
+    caches: _Caches,
+    key: Tensor | None,
+    value: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    capacity: int,
+    tables: _Tables | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """Counts stay on the device too: all tokens are queries of every row, and those of one stay."""
+    _, total, heads, _ = query.shape
+    bounds = cu_seqlens_q.long().clamp(0, total)
+    first = bounds[:-1]
+    count = (bounds[1:] - first).clamp(min=0)
+    lengths, new = cache_seqlens.long(), count if key is not None else torch.zeros_like(count)
+    fits = caches.hold(lengths, new, capacity)
+    tokens = torch.arange(total, device=query.device)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros((1, total, heads, caches.values.shape[-1]), dtype=dtype)
+    lse = query.new_full((1, heads, total), -torch.inf, dtype=dtype)
+    if len(count) == 0:
+        return out.to(query.dtype), lse
+    seeing = range(len(count) if caches.capacity else 0)
+    # (rows, N): which tokens are whose
+    own = (tokens >= first[:, None]) & (tokens < (first + count)[:, None])
+    has_row, row_of = own.any(0), own.int().argmax(0)
+    positions = (lengths + new - count - first)[row_of] + tokens
+    if key is not None and value is not None and capacity > 0:
+        if tables is not None:
+            places = positions[None].clamp(0, len(tables.cos) - 1)
+            query, key = tables.turned(query, key, places)
+        caches.append_unread(row_of, positions, has_row & fits[row_of], key[0], value[0])
+    lengths = (lengths + new).masked_fill(~fits, 0)
+    for row in seeing:
+        is_own, at = own[row], slice(row, row + 1)
+        last = positions.masked_fill(~(is_own & fits[row]), -1)[None]
+        attended, found = _masked(query, caches.of(row), lengths[at], last, options)
+        out = torch.where(is_own[:, None, None], attended, out)
+        lse = torch.where(is_own, found, lse)
+    unfit = has_row & ~fits[row_of]
+    out = out.masked_fill(unfit[:, None, None], torch.nan).to(query.dtype).contiguous()
     return out, lse.masked_fill(unfit, torch.nan)
 
 
@@ -296,9 +359,13 @@ def _masked(
     query: Tensor,
     caches: _Caches,
     lengths: Tensor,
+    last: Tensor,
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """Over all that the caches can hold, of which each row sees its length; in float32."""
+    """Over all that the caches can hold, of which each query sees the keys to its ``last``.
+
+    ``last`` is ``(B, T)``, below the ``lengths`` ``(B,)``; computed in float32.
+    """
     batch, num_queries, heads, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     k, v = caches.stored(slice(0, batch), caches.capacity, dtype)
@@ -306,8 +373,6 @@ def _masked(
     # what lies behind may be NaN, and 0 * NaN is too
     v = v.masked_fill((keys >= lengths[:, None])[..., None, None], 0.0)
     q, k, v = (x.transpose(1, 2) for x in (query.to(dtype), k, v))
-    # the key that each query is aligned with
-    last = torch.arange(num_queries, device=query.device) + (lengths[:, None] - num_queries)
     window = options.window_size
     first = torch.zeros_like(last) if window is None else last + 1 - window
     step = max(1, _WRITTEN_SCORES // max(1, batch * heads * caches.capacity))
@@ -318,22 +383,9 @@ def _masked(
         out, lse = attend(q[:, :, at], k, v, options.scale, options.softcap, seen[:, None])
         outs.append(out)
         lses.append(lse)
-    return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
+    out, lse = torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
+    return (out, lse) if options.sinks is None else attention.with_sinks(out, lse, options.sinks)
 
 
-def forward_refuses(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    key: Tensor | None,
-    value: Tensor | None,
-    cache_seqlens: Tensor | None,
-    block_table: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    *rest: object,
-) -> str | None:
-    if cu_seqlens_q is not None and not query.is_cpu:
-        return f"cu_seqlens_q is on {query.device.type}: rows of many lengths are read on the host"
+def forward_refuses(*args: object) -> str | None:
     return None
