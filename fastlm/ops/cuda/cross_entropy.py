@@ -83,7 +83,7 @@ def forward(
         logprobs=address(logprobs if need_stats else None),
         entropy=address(entropy),
         predictions=address(predictions),
-        plan=_plan(input),
+        plan=plan_of(input),
         **place(input),
     )  # fmt: skip
     return losses, maximum, log_sum, logprobs, entropy, predictions
@@ -125,7 +125,7 @@ def backward(
         dlse=of_lse,
         dentropy=of_entropy,
         dlogits=address(dinput),
-        plan=_plan(input),
+        plan=plan_of(input),
         **place(input),
     )  # fmt: skip
     return dinput
@@ -178,6 +178,7 @@ def plan(vocab_size: int, itemsize: int) -> tuple[int, int]:
     return threads, min(-(-vocab_size // elements), _MOST_BLOCKS_PER_ROW)
 
 
-def _plan(input: Tensor) -> Any:
+def plan_of(input: Tensor) -> Any:
+    """How launches on the rows of ``input`` are cut."""
     threads, blocks_per_row = plan(input.shape[-1], input.element_size())
     return kernels().LossPlan(threads=threads, blocks_per_row=blocks_per_row)
