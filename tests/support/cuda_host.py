@@ -234,6 +234,19 @@ def killed(mutant: Mutant, check: Callable[[], object]) -> bool:
 
 
 @contextlib.contextmanager
+def only_block(module: ModuleType, number: int) -> Iterator[None]:
+    """Of every grid this block alone runs, where all would take too long."""
+    assert module.__file__ is not None
+    library = ctypes.CDLL(module.__file__)
+    library.shim_set_blocks.argtypes = [ctypes.c_ulong, ctypes.c_ulong]
+    library.shim_set_blocks(number, number + 1)
+    try:
+        yield
+    finally:
+        library.shim_set_blocks(0, 2**64 - 1)
+
+
+@contextlib.contextmanager
 def ordered(module: ModuleType, order: str, seed: int = 0) -> Iterator[None]:
     """Blocks, and threads of each, run ``"forward"``, in ``"reverse"`` or in ``"random"`` order."""
     assert module.__file__ is not None
