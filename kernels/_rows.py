@@ -1,4 +1,4 @@
-"""Where the rows of a tensor are, for kernels that read them in place, and what they make of them."""
+"""Where the rows of a tensor are, and what is known of each: what kernels of any kind share."""
 
 from __future__ import annotations
 
