@@ -31,7 +31,7 @@ test-all: .venv/.test
 	$(PYTEST)
 
 test-cuda: .venv/.test
-	$(PYTEST) -k cuda tests/test_cuda_*.py tests/test_cross_entropy.py tests/test_loss_options.py
+	$(PYTEST) -k cuda tests/test_cuda_*.py tests/test_cross_entropy.py tests/test_linear_cross_entropy*.py tests/test_loss_*.py
 
 # mypy cannot follow package_dir, so it reads the installed wheel, from outside the root.
 lint: .venv-lint/.tools

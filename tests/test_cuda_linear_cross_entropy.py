@@ -72,7 +72,7 @@ def force_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 # Sanitizers
 
 
-@pytest.mark.parametrize("variant", ["plain", "asan"])
+@pytest.mark.parametrize("variant", ["plain", pytest.param("asan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 def test_stays_inside_its_blocks_of_memory(order, variant):
     done = run(program(DRIVER, variant), order)

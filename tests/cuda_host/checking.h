@@ -45,7 +45,11 @@ class Block {
   explicit Block(size_t count, size_t offset = 0) : count_(count) {
     const size_t bytes = (offset + count) * sizeof(T);
 #ifdef __CUDACC__
-    if (cudaMallocManaged(&memory_, bytes) != cudaSuccess) throw std::bad_alloc();
+    const cudaError_t status = cudaMallocManaged(&memory_, bytes > 0 ? bytes : 1);
+    if (status != cudaSuccess) {
+      fprintf(stderr, "cudaMallocManaged: %s\n", cudaGetErrorString(status));
+      exit(2);
+    }
 #else
     if (posix_memalign(&memory_, 16, bytes)) throw std::bad_alloc();
 #endif

@@ -144,9 +144,12 @@ def shim() -> list[Path]:
 
 
 def program(source: Path, variant: str, csrc: Path = CSRC) -> Path:
-    """A program that launches kernels by itself, in one of the three variants."""
+    """A program that launches kernels by itself, in one of the three variants.
+
+    One that checks an op, ``check_<op>.cpp``, has the launchers of that op.
+    """
     flags = VARIANTS[variant]
-    sources = (source, *sorted(csrc.glob("*.cu")))
+    sources = (source, *sorted(csrc.glob(f"{source.stem.removeprefix('check_')}*.cu")))
     objects = [compiled(path, *flags, csrc=csrc) for path in sources]
     return linked(f"{source.stem}-{variant}", [*objects, *shim()], *flags)
 
