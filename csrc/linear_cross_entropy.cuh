@@ -44,14 +44,13 @@ struct ChunkTarget {
 template <typename A>
 struct ChunkRow : ChunkTarget {
   const A* logits;
-  A x_target;  // x[target]; 0 where it is elsewhere; NaN for a target that is no class
+  A x_target;  // x[target]; NaN for a target that is not here
 
   __device__ ChunkRow(const ChunkRows& rows, int64_t row, const Transform<A>& transform)
       : ChunkTarget(rows, row) {
     // 64 bits: a vocabulary of 262,144 passes 2^31 elements at row 8,192
     logits = static_cast<const A*>(rows.logits) + row * rows.vocab_size;
-    x_target = is_class ? A(0) : static_cast<A>(NAN);
-    if (is_here) x_target = x_at(rows, column, transform);
+    x_target = is_here ? x_at(rows, column, transform) : static_cast<A>(NAN);
   }
 
   __device__ A x_at(const ChunkRows& rows, int64_t v, const Transform<A>& transform) const {
@@ -185,7 +184,7 @@ __device__ inline void write_gradient(const ChunkRows& rows, const ChunkRow<A>& 
   const int64_t size = rows.vocab_size;
   const A* weight = weights_here<A>(rows);
   const A scale = static_cast<A>(place.scale);
-  // whose place the row's residual at the target has; of a target elsewhere any, with nothing lost
+  // the target's column, or, of a target elsewhere, the nearest
   const int64_t near = row.column < 0 ? 0 : row.column < size ? row.column : size - 1;
   D* const dlogits = reinterpret_cast<D*>(static_cast<A*>(place.dlogits) + number * size);
   Lost<A> lost;
@@ -226,15 +225,13 @@ __device__ inline void write_gradient(const ChunkRows& rows, const ChunkRow<A>& 
       for (int i = 0; i < kGroup<D>; ++i) {
         const int64_t v = first + i;
         if (v < 0 || v >= size) continue;
-        const A taken = dx[i] - widened(stored.items[i]);
+        const Lost<A> here{dx[i] - widened(stored.items[i]), v};
         if (v == near) {
-          const bool counts = row.is_here || !(row.is_class || row.is_ignored);
-          place.columns[2 * number] = near;
-          static_cast<A*>(place.residuals)[2 * number] = counts ? taken : A(0);
+          place.columns[2 * number] = v;
+          static_cast<A*>(place.residuals)[2 * number] = here.taken;
+        } else if (here.size() > lost.size()) {
+          lost = here;  // never a NaN: the row of one is NaN anyway
         }
-        // a NaN is not larger: the row of one is NaN anyway
-        const Lost<A> other{taken, v};
-        if (!(row.is_here && v == near) && other.size() > lost.size()) lost = other;
       }
     }
   }

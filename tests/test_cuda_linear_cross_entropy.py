@@ -37,6 +37,7 @@ from support.memory import guarded, in_child, sparse
 from support.poison import poisoned
 from torch import Tensor
 
+import fastlm
 from fastlm import testing
 from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._linear_loss import Loss, Rows
@@ -107,9 +108,9 @@ def test_two_likely_classes(dtype, seed, few_threads):
 
 
 def test_the_loss_of_a_likely_target_is_not_rounded_away():
-    """Logits near 200, that of the target 9 ahead of the others; ignored rows have no lse."""
+    """Logits of 200, those of the targets 9 ahead of the others; ignored rows have no lse."""
     x, weight, bias, targets = inputs(8, 6, 40)
-    weight, bias = 1e-3 * weight, torch.full((40,), 200.0)
+    weight, bias = torch.zeros_like(weight), torch.full((40,), 200.0)
     bias[targets[targets >= 0]] += 9.0
     arguments = (x, weight, bias, targets)
     options = {"reduction": "none", "return_stats": True}
@@ -117,8 +118,12 @@ def test_the_loss_of_a_likely_target_is_not_rounded_away():
     plain = testing.run(linear_definition, *arguments, **options)
     truth = testing.run(linear_definition, *arguments, dtype=torch.float64, **options)
     testing.assert_all_as_accurate("likely", actual[:4], plain=plain[:4], truth=truth[:4])
-    assert actual[2] is not None
-    assert not actual[2][targets == -100].any()
+    _, stats = fastlm.linear_cross_entropy(
+        x, weight, targets, linear_bias=bias, return_stats=True, backend="cuda"
+    )
+    assert not stats.lse[targets == -100].any()
+    assert (stats.predictions[targets == -100] == -1).all()
+    assert (stats.predictions[targets != -100] == targets[targets >= 0].min()).all()
 
 
 def gradient_of(
