@@ -26,17 +26,17 @@ namespace fastlm {
 
 // What the target of a row is.
 struct ChunkTarget {
-  int64_t column;   // among the logits here
   bool is_ignored;
-  bool is_class;    // in [0, num_classes) and not ignored
-  bool is_here;     // it has one of these logits
+  bool is_class;   // in [0, num_classes) and not ignored
+  int64_t column;  // of a class, counted from the first of the logits here; else -1
+  bool is_here;    // it has one of these logits
 
   __device__ ChunkTarget(const ChunkRows& rows, int64_t row) {
     const int64_t target = rows.targets[row];
-    column = target - rows.first_class;
     is_ignored = target == rows.ignore_index;
     is_class = target >= 0 && target < rows.num_classes && !is_ignored;
-    is_here = is_class && column >= 0 && column < rows.vocab_size;
+    column = is_class ? target - rows.first_class : -1;
+    is_here = column >= 0 && column < rows.vocab_size;
   }
 };
 

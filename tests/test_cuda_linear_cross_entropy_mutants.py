@@ -88,7 +88,7 @@ MUTANTS = [
 ]  # fmt: skip
 SPLIT = [
     Mutant("the target is looked for among the classes here", KERNEL,
-           "column = target - rows.first_class;", "column = target;"),
+           "column = is_class ? target - rows.first_class : -1", "column = is_class ? target : -1"),
     Mutant("a target elsewhere has a logit", KERNEL,
            "write(row.is_here ? row.x_target : A(0));", "write(row.x_target + 1);"),
     Mutant("sums have the weights of other classes", KERNEL,
@@ -108,7 +108,7 @@ SPLIT = [
 ]  # fmt: skip
 # what only a sanitizer sees: whose logit that is, nobody asks
 UNSEEN = Mutant("every target is here", KERNEL,
-                "is_here = is_class && column >= 0 && column < rows.vocab_size",
+                "is_here = column >= 0 && column < rows.vocab_size",
                 "is_here = is_class")  # fmt: skip
 
 
