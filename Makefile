@@ -32,7 +32,7 @@ test-all: .venv/.test
 	$(PYTEST)
 
 test-cuda: .venv/.test
-	$(PYTEST) -k cuda tests/test_cuda_*.py tests/test_cross_entropy.py tests/test_loss_options.py \
+	$(PYTEST) -k cuda tests/test_cuda_*.py tests/test_cross_entropy.py tests/test_linear_cross_entropy*.py tests/test_loss_*.py \
 		tests/test_attention.py tests/test_attention_options.py tests/test_attention_autograd.py
 
 # mypy cannot follow package_dir, so it reads the installed wheel, from outside the root.

@@ -12,7 +12,7 @@ import functools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.ops.cuda._extension import refuses_device
 from fastlm.testing import assert_as_accurate
 
 Outputs = tuple[Tensor, ...]
 
 # A function of a case's inputs, or the reason why it is absent here.
 Provider = Callable[..., Tensor] | str
+
+# fastlm as it chooses, and its kernels in CUDA C++.
+OURS = ("fastlm", "cuda")
 
 # What has to be done before a call is timed; returns the call.
 Prepare = Callable[[], Callable[[], object]]
@@ -209,8 +213,8 @@ def run_case(
         prepare = functools.partial(_prepared, provider, case.inputs_of(name), mode)
         try:
             outputs = prepare()()
-            if name == "fastlm":
-                _judge(case, mode, outputs, plain or call_plain(case, mode), truth)
+            if name in OURS:
+                _judge(name, case, mode, outputs, plain or call_plain(case, mode), truth)
         except _failures() as error:
             yield {**common, "provider": name, "failed": _first_line(error)}
             if device == "cuda":
@@ -260,6 +264,16 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args: build()(*args)
 
 
+def cuda_kernels(
+    function: Callable[..., Tensor], backends: Mapping[str, str], device: str
+) -> Provider:
+    """``function`` of an op by its kernels in CUDA C++, or why they are absent."""
+    if "cuda" not in backends:
+        return "no such kernels"
+    refusal = refuses_device(torch.empty(0, device=device), "input")
+    return refusal or functools.partial(function, backend="cuda")
+
+
 def call_plain(case: Case, mode: str) -> Outputs:
     """The yardstick's result, where it is not timed itself."""
     provider = next(iter(case.providers.values()))
@@ -305,13 +319,15 @@ def cotangent(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def _judge(case: Case, mode: str, outputs: Outputs, plain: Outputs, truth: Outputs) -> None:
+def _judge(
+    name: str, case: Case, mode: str, outputs: Outputs, plain: Outputs, truth: Outputs
+) -> None:
     for position, triple in enumerate(zip(outputs, plain, truth, strict=True)):
         is_gradient = mode == "bwd" or position > 0
         multiple = case.gradient_multiple if is_gradient else 2.0
-        name = f"fastlm {mode}, output {position}"
+        what = f"{name} {mode}, output {position}"
         for actual, usual, exact in _pieces(*triple):
-            assert_as_accurate(name, actual, plain=usual, truth=exact, multiple=multiple)
+            assert_as_accurate(what, actual, plain=usual, truth=exact, multiple=multiple)
 
 
 def _relative_error(outputs: Outputs, truth: Outputs) -> float:

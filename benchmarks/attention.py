@@ -31,7 +31,9 @@ from fastlm.benchmarks._harness import (
     benchmark,
     compiled,
     cotangent,
+    cuda_kernels,
 )
+from fastlm.ops.attention import BACKENDS
 from fastlm.ops.reference import attention as reference
 from fastlm.ops.reference._key_ranges import key_ranges
 
@@ -43,9 +45,9 @@ FORCED = {
     "sdpa.math": SDPBackend.MATH,
 }
 # These neither store scores nor have to be compiled for every shape.
-FUSED = ("sdpa", "sdpa.flash", "sdpa.cudnn", "sdpa.efficient", "flash-attn", "fastlm")
+FUSED = ("sdpa", "sdpa.flash", "sdpa.cudnn", "sdpa.efficient", "flash-attn", "fastlm", "cuda")
 STORING = ("sdpa.math", "torch", "torch.compile")
-_BOTH = ("flex", "varlen", "flash-attn", "fastlm")
+_BOTH = ("flex", "varlen", "flash-attn", "fastlm", "cuda")
 CAUSAL_PROVIDERS = ("sdpa", *FORCED, "torch", "torch.compile", *_BOTH)
 OPTIONS_PROVIDERS = ("sdpa.mask", "sdpa.built", "torch", *_BOTH)
 SOFTCAP = 50.0  # of Gemma 2
@@ -234,11 +236,12 @@ def _providers(call: _Call) -> dict[str, Provider]:
         refusal = f"scaled_dot_product_attention has no {call.kind}"
         providers = {"torch": eager(call), "sdpa.mask": refusal, "sdpa.built": refusal}
     providers |= {"flex": flex(call), "varlen": varlen(call), "flash-attn": flash_attn(call)}
-    return {**providers, "fastlm": fused(call)}
+    by_cuda = cuda_kernels(fused(call), BACKENDS, call.device)
+    return {**providers, "fastlm": fused(call), "cuda": by_cuda}
 
 
-def fused(call: _Call) -> Provider:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def fused(call: _Call) -> Callable[..., Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Tensor:
         out = fastlm.causal_attention(
             query,
             key,
@@ -248,6 +251,7 @@ def fused(call: _Call) -> Provider:
             sinks=call.sinks,
             cu_seqlens_q=call.cu_seqlens,
             key_start=call.key_start,
+            backend=backend,
         )
         assert isinstance(out, Tensor)
         return out

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Test and time every op on a machine with a GPU; needs no network, but torch, Triton, pip and setuptools >= 77.
+# The stages of csrc/ need nvcc, ninja and pybind11, the sanitize-* ones compute-sanitizer.
 #
 #   benchmarks/gpu.sh --seconds N --out DIR [--dry-run] [--stages FILE]
 #
@@ -20,6 +21,7 @@ python=${PYTHON:-python3}
 plan() {
   cat <<'PLAN'
 self-test                    |  30 | 180 | run_self_test
+build-cuda                   |  60 | 400 | run_build_cuda
 test-cross_entropy           |  60 | 240 | run_tests tests/test_cross_entropy*.py
 test-attention               |  60 | 360 | run_tests tests/test_attention.py tests/test_attention_[!sw]*.py tests/test_packing.py
 test-attention_with_kv_cache |  60 | 240 | run_tests tests/test_attention_with_kv_cache*.py tests/test_kv_cache.py
@@ -27,6 +29,7 @@ test-generate                |  60 | 240 | run_tests tests/test_generat*.py test
 test-linear_cross_entropy    |  60 | 300 | run_tests tests/test_linear_cross_entropy*.py
 test-loss                    |  60 | 300 | run_tests tests/test_loss*.py tests/test_linear_top_k*.py
 test-compat                  |  60 | 240 | run_tests tests/test_compat*.py
+test-cuda                    |  60 | 300 | run_cuda_tests tests/test_cross_entropy.py tests/test_linear_cross_entropy*.py tests/test_loss_options.py
 test-ahead_of_time           |  60 | 300 | run_tests tests/test_ahead_of_time.py
 time-attention               | 150 | 580 | run_benchmark attention
 time-attention_options       | 150 | 580 | run_benchmark attention_options
@@ -34,6 +37,9 @@ time-attention_with_kv_cache | 100 | 400 | run_benchmark attention_with_kv_cache
 time-cross_entropy           | 120 | 400 | run_benchmark cross_entropy
 time-linear_cross_entropy    | 150 | 580 | run_benchmark linear_cross_entropy
 time-decode                  | 150 | 400 | run_decode
+sanitize-memcheck            |  60 | 400 | run_sanitizer memcheck
+sanitize-racecheck           |  60 | 300 | run_sanitizer racecheck small
+sanitize-synccheck           |  60 | 300 | run_sanitizer synccheck small
 PLAN
 }
 
@@ -53,6 +59,44 @@ run_tests() {
   "$python" -P -m pytest -W default -m "not slow" -p no:cacheprovider "$@"
 }
 
+run_build_cuda() {
+  # For the GPU at hand, in a folder where a later call goes on; every later stage finds it.
+  command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ] || { echo "nvcc is missing"; exit 77; }
+  command -v ninja >/dev/null || { echo "ninja is missing"; exit 77; }
+  "$python" -c 'import pybind11' || { echo "pybind11 is missing"; exit 77; }
+  archs=$("$python" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + ("a" if major == 9 else ""))')
+  rm -f fastlm/_C.*.so
+  "$python" -P csrc/build.py build/cuda --archs "$archs"
+  cp build/cuda/_C.*.so fastlm/
+  "$python" -P -c 'from fastlm.ops.cuda._extension import description; print(description())'
+}
+
+run_cuda_tests() {
+  "$python" -P -c 'from fastlm.ops.cuda._extension import extension
+if isinstance(reason := extension(), str):
+    print(reason)
+    raise SystemExit(77)' || exit $?
+  run_tests -k cuda "$@"
+}
+
+# The programs that check kernels without torch, built by nvcc, under a tool of compute-sanitizer.
+run_sanitizer() {
+  local tool=$1 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc source name
+  shift
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is missing"; exit 77; }
+  ls build/cuda/_C.*.so >/dev/null 2>&1 || { echo "the kernels of csrc/ are not built"; exit 77; }
+  for source in tests/cuda_host/check_*.cpp; do
+    name=$(basename "$source" .cpp)
+    "$nvcc" -std=c++17 -arch=native -Xcompiler -fPIC -I csrc -I tests/cuda_host -x cu -c "$source" \
+      -o "build/cuda/$name.o"
+    "$nvcc" -arch=native -cudart static -o "build/cuda/$name" \
+      "build/cuda/$name.o" "build/cuda/${name#check_}"*.o
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "build/cuda/$name" "$@"
+  done
+}
+
 run_benchmark() {
   "$python" benchmarks/run.py "$1" --device cuda --out "$out" --seconds "$((limit - 40))" $fresh
 }
@@ -63,7 +107,7 @@ run_decode() {
   "$python" benchmarks/decode.py --device cuda $peers --json "$out/decode.json"
 }
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 seconds='' out='' dry_run='' stages=''
 while [ $# -gt 0 ]; do
@@ -91,7 +135,8 @@ done < <(if [ -n "$stages" ]; then cat "$stages"; else plan; fi)
 
 source_hash() {
   if [ -n "$stages" ]; then cat "$stages"; else
-    find fastlm kernels benchmarks tests -name '*.py' -print0 | sort -z | xargs -0 cat benchmarks/gpu.sh
+    find fastlm kernels csrc benchmarks tests -regex '.*\.\(py\|cuh?\|cpp\|h\)' -print0 |
+      sort -z | xargs -0 cat benchmarks/gpu.sh
   fi | sha256sum | cut -c1-16
 }
 source=$(source_hash)
@@ -168,7 +213,7 @@ for name in $(pending); do
   save
   begun=$SECONDS code=0
   export python out limit fresh
-  export -f run_self_test run_tests run_benchmark run_decode
+  export -f run_self_test run_build_cuda run_tests run_cuda_tests run_sanitizer run_benchmark run_decode
   timeout --kill-after=10 "$limit" bash -euc "${commands[$name]}" 2>&1 | tee -a "$log" || code=$?
   took[$name]=$((SECONDS - begun))
   last=$(tail -n 1 "$log" | tr '\t' ' ' | cut -c1-100)

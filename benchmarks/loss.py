@@ -19,9 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm
-from fastlm.benchmarks._harness import Case, Outputs, Problem, Provider, benchmark, compiled
+from fastlm.benchmarks._harness import (
+    Case,
+    Outputs,
+    Problem,
+    Provider,
+    benchmark,
+    compiled,
+    cuda_kernels,
+)
+from fastlm.ops.cross_entropy import BACKENDS as LOGITS_BACKENDS
+from fastlm.ops.linear_cross_entropy import BACKENDS as LAYER_BACKENDS
 
 _ROWS_AT_ONCE = 512
+LIGER = "liger_kernel.transformers"
 
 
 def _logits(*sizes: tuple[int, int], inputs: str = "random") -> list[Problem]:
@@ -56,10 +67,26 @@ CPU_LAYERS += [
         modes=("fwd_bwd",),
     )
 ]
-LOGITS_PROVIDERS = ("torch", "torch.compile", "liger", "quack", "fastlm")
-LAYER_PROVIDERS = (
-    "torch", "torch.compile", "torch.chunked", "liger", "cce", "quack", "fastlm", "products",
-)  # fmt: skip
+# Name to a function of the device; the yardstick first.
+Providers = dict[str, Callable[[str], Provider]]
+LOGITS_PROVIDERS: Providers = {
+    "torch": lambda device: torch_loss,
+    "torch.compile": lambda device: compiled(torch_loss),
+    "liger": lambda device: installed(f"{LIGER}.functional", "liger_cross_entropy"),
+    "quack": lambda device: installed("quack.cross_entropy", "cross_entropy"),
+    "fastlm": lambda device: fastlm.cross_entropy,
+    "cuda": lambda device: cuda_kernels(fastlm.cross_entropy, LOGITS_BACKENDS, device),
+}
+LAYER_PROVIDERS: Providers = {
+    "torch": lambda device: torch_layer_loss,
+    "torch.compile": lambda device: compiled(torch_layer_loss),
+    "torch.chunked": lambda device: torch_chunked(),
+    "liger": lambda device: installed(f"{LIGER}.functional", "liger_fused_linear_cross_entropy"),
+    "cce": lambda device: installed("cut_cross_entropy", "linear_cross_entropy"),
+    "quack": lambda device: installed("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+    "fastlm": lambda device: fastlm.linear_cross_entropy,
+    "cuda": lambda device: cuda_kernels(fastlm.linear_cross_entropy, LAYER_BACKENDS, device),
+}
 
 
 @benchmark("cross_entropy", LOGITS_PROVIDERS, cuda=GPU_LOGITS, cpu=CPU_LOGITS, quick=CPU_LOGITS[:1])
@@ -79,13 +106,7 @@ def cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     size = logits.numel() * logits.element_size()
     return Case(
         inputs=(logits, target),
-        providers={
-            "torch": torch_loss,
-            "torch.compile": compiled(torch_loss),
-            "liger": installed("liger_kernel.transformers.functional", "liger_cross_entropy"),
-            "quack": installed("quack.cross_entropy", "cross_entropy"),
-            "fastlm": fastlm.cross_entropy,
-        },
+        providers={name: of(device) for name, of in LOGITS_PROVIDERS.items()},
         truth=truth,
         bytes_moved={"fwd": size, "fwd_bwd": 3 * size},
         flops={"fwd": 4.0 * logits.numel(), "fwd_bwd": 8.0 * logits.numel()},
@@ -94,8 +115,9 @@ def cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
 
 
 @benchmark(
-    "linear_cross_entropy", LAYER_PROVIDERS, cuda=GPU_LAYERS, cpu=CPU_LAYERS, quick=CPU_LAYERS[:1]
-)
+    "linear_cross_entropy", (*LAYER_PROVIDERS, "products"),
+    cuda=GPU_LAYERS, cpu=CPU_LAYERS, quick=CPU_LAYERS[:1],
+)  # fmt: skip
 def linear_cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     rows, width, vocab_size = (problem.shape[name] for name in "NCV")
     hidden, weight, target = layer(rows, width, vocab_size, problem.inputs, dtype, device)
@@ -111,17 +133,7 @@ def linear_cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> C
     inputs = (hidden.numel() + weight.numel()) * hidden.element_size()
     return Case(
         inputs=(hidden, weight, target),
-        providers={
-            "torch": torch_layer_loss,
-            "torch.compile": compiled(torch_layer_loss),
-            "torch.chunked": torch_chunked(),
-            "liger": installed(
-                "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
-            ),
-            "cce": installed("cut_cross_entropy", "linear_cross_entropy"),
-            "quack": installed("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
-            "fastlm": fastlm.linear_cross_entropy,
-        },
+        providers={name: of(device) for name, of in LAYER_PROVIDERS.items()},
         truth=truth,
         bytes_moved={"fwd": inputs, "fwd_bwd": 3 * inputs},
         # logits, gradient of hidden, gradient of weight

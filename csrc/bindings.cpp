@@ -13,6 +13,7 @@
 #include "attention_with_kv_cache.h"
 #include "causal_attention.h"
 #include "cross_entropy.h"
+#include "linear_cross_entropy.h"
 
 #ifndef FASTLM_ARCHS
 #error "FASTLM_ARCHS must list what the kernels are compiled for, such as \"80;90a;100+PTX\""
@@ -202,6 +203,77 @@ void bind_attention_with_kv_cache(py::module_& m) {
       "stream"_a);
 }
 
+void bind_linear_cross_entropy(py::module_& m) {
+  using namespace fastlm;
+  py::class_<ChunkRows>(m, "ChunkRows", py::module_local())
+      .def(py::init([](Address logits, Address bias, Address weight, Address weight_sum,
+                       Address targets, int64_t rows, int64_t vocab_size, int64_t first_class,
+                       int64_t num_classes, int64_t ignore_index, double label_smoothing,
+                       double softcap, double logit_scale) {
+             return ChunkRows{at(logits),         at(bias),    at(weight),
+                              at(weight_sum),     at<int64_t>(targets),
+                              rows,               vocab_size,  first_class,
+                              num_classes,        ignore_index, label_smoothing,
+                              softcap,            logit_scale};
+           }),
+           py::kw_only(), "logits"_a, "bias"_a, "weight"_a, "weight_sum"_a, "targets"_a, "rows"_a,
+           "vocab_size"_a, "first_class"_a, "num_classes"_a, "ignore_index"_a, "label_smoothing"_a,
+           "softcap"_a, "logit_scale"_a);
+
+  py::class_<ChunkResults>(m, "ChunkResults", py::module_local())
+      .def(py::init([](Address losses, Address lse, Address logprobs, Address entropy,
+                       Address predictions, bool need_stats, Address sums) {
+             return ChunkResults{at(losses),  at(lse),    at(logprobs), at(entropy),
+                                 at<int64_t>(predictions), need_stats,   at(sums)};
+           }),
+           py::kw_only(), "losses"_a, "lse"_a, "logprobs"_a, "entropy"_a, "predictions"_a,
+           "need_stats"_a, "sums"_a);
+
+  py::class_<ChunkUpstream>(m, "ChunkUpstream", py::module_local())
+      .def(py::init([](Address dlosses, Address dlogprobs, Address dlse, Address dentropy,
+                       Address z_weight) {
+             return ChunkUpstream{at(dlosses), at(dlogprobs), at(dlse), at(dentropy),
+                                  at(z_weight)};
+           }),
+           py::kw_only(), "dlosses"_a, "dlogprobs"_a, "dlse"_a, "dentropy"_a, "z_weight"_a);
+
+  py::class_<ChunkGradient>(m, "ChunkGradient", py::module_local())
+      .def(py::init([](Address dlogits, double scale, bool lse_is_known, Address columns,
+                       Address residuals) {
+             return ChunkGradient{at(dlogits), scale, lse_is_known, at<int64_t>(columns),
+                                  at(residuals)};
+           }),
+           py::kw_only(), "dlogits"_a, "scale"_a, "lse_is_known"_a, "columns"_a, "residuals"_a);
+
+  m.def(
+      "linear_cross_entropy_loss",
+      [](Dtype dtype, const ChunkRows& rows, const ChunkResults& results, const LossPlan& plan,
+         int device, Address stream) {
+        require(linear_cross_entropy_loss(dtype, rows, results, plan, device, at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "rows"_a, "results"_a, "plan"_a, "device"_a, "stream"_a);
+  m.def(
+      "linear_cross_entropy_gradient",
+      [](Dtype dtype, Dtype narrow, const ChunkRows& rows, const ChunkResults& results,
+         const ChunkUpstream& upstream, const ChunkGradient& gradient, const LossPlan& plan,
+         int device, Address stream) {
+        require(linear_cross_entropy_gradient(dtype, narrow, rows, results, upstream, gradient,
+                                              plan, device, at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "narrow"_a, "rows"_a, "results"_a, "upstream"_a, "gradient"_a,
+      "plan"_a, "device"_a, "stream"_a);
+  m.def(
+      "linear_cross_entropy_bias",
+      [](Dtype dtype, const ChunkRows& rows, const ChunkResults& results,
+         const ChunkUpstream& upstream, Address dbias, const LossPlan& plan, int device,
+         Address stream) {
+        require(linear_cross_entropy_bias(dtype, rows, results, upstream, at(dbias), plan, device,
+                                          at(stream)));
+      },
+      py::kw_only(), "dtype"_a, "rows"_a, "results"_a, "upstream"_a, "dbias"_a, "plan"_a,
+      "device"_a, "stream"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -268,4 +340,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), "dtype"_a, "rows"_a, "maximum"_a, "log_sum"_a, "entropy"_a, "dlosses"_a,
       "dlogprobs"_a, "dlse"_a, "dentropy"_a, "dlogits"_a, "plan"_a, "device"_a, "stream"_a);
+
+  bind_linear_cross_entropy(m);
 }

@@ -23,16 +23,6 @@
 
 namespace fastlm {
 
-// Of a block, and blocks that share a multiprocessor: 85 registers a thread, 128 for float64, which
-// all kernels do with on every architecture.
-constexpr int kMostThreads = 256;
-template <typename T>
-constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 2 : 3;
-
-// Reads that a thread of the forward kernel has under way.
-template <typename T>
-constexpr int kReads = sizeof(T) == 8 ? 1 : 2;
-
 // A row's logits and target.
 template <typename T>
 struct Row {
@@ -56,18 +46,17 @@ __device__ inline Transform<Acc<T>> transform_of(const LossRows& rows) {
   return {static_cast<Acc<T>>(rows.logit_scale), static_cast<Acc<T>>(rows.softcap)};
 }
 
-// w[target]; 0 for a target that is no class.
 template <typename T>
-__device__ inline Acc<T> target_weight(const LossRows& rows, const Row<T>& row) {
-  if (!rows.weight) return 1;
-  return row.is_class ? static_cast<const Acc<T>*>(rows.weight)[row.target] : 0;
-}
-
-// sum_v w[v]
-template <typename T>
-__device__ inline Acc<T> weight_sum(const LossRows& rows) {
-  if (!rows.weight) return static_cast<Acc<T>>(rows.vocab_size);
-  return *static_cast<const Acc<T>*>(rows.weight_sum);
+__device__ inline Weighing<Acc<T>> weighing_of(const LossRows& rows, const Row<T>& row) {
+  using A = Acc<T>;
+  const A smoothing = static_cast<A>(rows.label_smoothing);
+  const A size = static_cast<A>(rows.vocab_size);
+  const A* weight = static_cast<const A*>(rows.weight);
+  if (!weight) return {1, smoothing, smoothing / size, size};
+  // 0 for a target that is no class
+  const A of_target = row.is_class ? weight[row.target] : 0;
+  const A sum = smoothing > 0 ? *static_cast<const A*>(rows.weight_sum) : 0;
+  return {of_target, smoothing, smoothing / size, sum};
 }
 
 template <typename T>
@@ -84,46 +73,20 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<T>)
   gathering.need_stats = results.logprobs != nullptr;
   gathering.is_smoothed = rows.label_smoothing > 0;
   gathering.weight = static_cast<const A*>(rows.weight);
-  // of a target that is no class, or huge, zero: it would swallow the others
-  gathering.origin = x_target > -1000 && x_target < 1000 ? x_target : 0;
-
-  RowSums<A> own;
-  const bool whole = moves_whole(row.logits, rows.stride_vocab);
-  const int64_t step = static_cast<int64_t>(blockDim.x) * kGroup<T>;
-  for (int64_t start = threadIdx.x * kGroup<T>; start < rows.vocab_size; start += kReads<T> * step) {
-    Group<T> groups[kReads<T>];
-#pragma unroll
-    for (int read = 0; read < kReads<T>; ++read)
-      groups[read] = load_group(row.logits, rows.stride_vocab, start + read * step,
-                                rows.vocab_size, whole);
-#pragma unroll
-    for (int read = 0; read < kReads<T>; ++read) {
-      const int64_t first = start + read * step;
-      A x[kGroup<T>];
-#pragma unroll
-      for (int i = 0; i < kGroup<T>; ++i)
-        x[i] = first + i < rows.vocab_size ? transform(widened(groups[read].items[i]))
-                                           : -kInfinity<A>;
-      gather(own, x, first, rows.vocab_size, gathering);
-    }
-  }
-  const RowSums<A> sums = combine_threads(own, rows.vocab_size, gathering);
+  gathering.origin = origin_at(x_target);
+  const RowSums<A> sums = sums_of_row<T>(row.logits, rows.stride_vocab, nullptr, rows.vocab_size,
+                                         transform, gathering);
   if (threadIdx.x != 0) return;
 
-  const A log_sum = logarithm(sums.total);
-  // inf - inf: NaN for a row with +inf, or of -inf alone; maxima drop NaN, sums keep it
+  const A log_sum = log_sum_of(sums);
+  // maxima drop NaN, sums keep it
   const A maximum = log_sum != log_sum ? static_cast<A>(NAN) : sums.maximum;
   static_cast<A*>(results.maximum)[number] = maximum;
   static_cast<A*>(results.log_sum)[number] = log_sum;
 
   const A surprisal = log_sum - (x_target - maximum);
-  A loss = target_weight(rows, row) * surprisal;
-  if (gathering.is_smoothed) {
-    const A smoothing = static_cast<A>(rows.label_smoothing);
-    const A uniform =
-        weight_sum<T>(rows) * (log_sum - (gathering.origin - maximum)) - sums.weighted;
-    loss = (1 - smoothing) * loss + smoothing / static_cast<A>(rows.vocab_size) * uniform;
-  }
+  const A loss = weighing_of(rows, row).loss(surprisal, log_sum - (gathering.origin - maximum),
+                                             sums.weighted);
   static_cast<A*>(results.losses)[number] = row.is_ignored ? 0 : loss;
   if (gathering.need_stats) {
     static_cast<A*>(results.logprobs)[number] = row.is_ignored ? 0 : -surprisal;
@@ -134,29 +97,6 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<T>)
 }
 
 template <typename T>
-__device__ inline Acc<T> upstream_of(const void* gradients, int64_t row) {
-  return gradients ? static_cast<const Acc<T>*>(gradients)[row] : 0;
-}
-
-template <typename T>
-__device__ inline Factors<Acc<T>> factors_of(const LossRows& rows, const Row<T>& row,
-                                             const LossUpstream& upstream, int64_t number) {
-  using A = Acc<T>;
-  const A dloss = upstream_of<T>(upstream.dlosses, number);
-  Factors<A> factors{dloss * target_weight(rows, row), 0, 0, 0};
-  if (rows.label_smoothing > 0) {
-    const A smoothing = static_cast<A>(rows.label_smoothing);
-    factors.of_target *= 1 - smoothing;
-    factors.of_weight = smoothing / static_cast<A>(rows.vocab_size) * dloss;
-    factors.of_all = factors.of_weight * weight_sum<T>(rows);
-  }
-  factors.of_target -= upstream_of<T>(upstream.dlogprobs, number);
-  factors.of_all += upstream_of<T>(upstream.dlse, number);
-  factors.of_entropy = upstream_of<T>(upstream.dentropy, number);
-  return factors;
-}
-
-template <typename T>
 __global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<T>)
     cross_entropy_backward_kernel(const LossRows rows, const LossUpstream upstream,
                                   T* __restrict__ dlogits) {
@@ -164,26 +104,30 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<T>)
   const int64_t number = blockIdx.x;
   const Row<T> row(rows, number);
   const Transform<A> transform = transform_of<T>(rows);
-  const Factors<A> factors = factors_of(rows, row, upstream, number);
+  Factors<A> factors = weighing_of(rows, row).factors(of_row<A>(upstream.dlosses, number));
+  factors.of_target -= of_row<A>(upstream.dlogprobs, number);
+  factors.of_all += of_row<A>(upstream.dlse, number);
+  factors.of_entropy = of_row<A>(upstream.dentropy, number);
   const A maximum = static_cast<const A*>(upstream.maximum)[number];
   const A log_sum = static_cast<const A*>(upstream.log_sum)[number];
   const A entropy = upstream.dentropy ? static_cast<const A*>(upstream.entropy)[number] : 0;
   const A* weight = rows.label_smoothing > 0 ? static_cast<const A*>(rows.weight) : nullptr;
 
   dlogits += number * rows.vocab_size;
-  const bool reads_whole = moves_whole(row.logits, rows.stride_vocab);
-  const bool writes_whole = moves_whole(dlogits, 1);
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kGroup<T>;
-  const int64_t begin = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kGroup<T>;
+  // groups begin where they can be written at once
+  const int64_t begin =
+      (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kGroup<T> - behind(dlogits);
   for (int64_t first = begin; first < rows.vocab_size; first += step) {
     Group<T> group;
     if (row.is_class) {
-      group = load_group(row.logits, rows.stride_vocab, first, rows.vocab_size, reads_whole);
+      group = load_group(row.logits, rows.stride_vocab, first, rows.vocab_size);
 #pragma unroll
       for (int i = 0; i < kGroup<T>; ++i) {
+        const int64_t v = first + i;
         const A x = transform(widened(group.items[i]));
-        const A w = weight && first + i < rows.vocab_size ? weight[first + i] : A(1);
-        const A dx = gradient(x - maximum - log_sum, first + i == row.target, w, entropy, factors);
+        const A w = weight && v >= 0 && v < rows.vocab_size ? weight[v] : A(1);
+        const A dx = gradient(x - maximum - log_sum, v == row.target, w, entropy, factors);
         group.items[i] = narrowed<T>(dx * transform.slope(x));
       }
     } else {
@@ -191,7 +135,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<T>)
       for (int i = 0; i < kGroup<T>; ++i)
         group.items[i] = narrowed<T>(row.is_ignored ? A(0) : static_cast<A>(NAN));
     }
-    store_group(dlogits, first, rows.vocab_size, writes_whole, group);
+    store_group(dlogits, first, rows.vocab_size, group);
   }
 }
 

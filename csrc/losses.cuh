@@ -1,16 +1,27 @@
 // What the loss kernels compute from the logits of a row.
 //
-// The definition is in cross_entropy.cuh.  Scale and softcap belong to the logits: they are applied
+// The definition is in the kernels' heads.  Scale and softcap belong to the logits: they are applied
 // where logits are read, and their slope where the gradient is written.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "arithmetic.cuh"
 #include "reduce.cuh"
 #include "vectors.cuh"
 
 namespace fastlm {
+
+// Of a block, and blocks that share a multiprocessor: 85 registers a thread, 128 for float64, which
+// all kernels do with on every architecture.
+constexpr int kMostThreads = 256;
+template <typename T>
+constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 2 : 3;
+
+// Reads of a row that a thread has under way.
+template <typename T>
+constexpr int kReads = sizeof(T) == 8 ? 1 : 2;
 
 // From logits to what the softmax is taken of.
 template <typename A>
@@ -113,10 +124,12 @@ __device__ inline RowSums<A> combine_threads(const RowSums<A>& own, int64_t size
   __syncthreads();
   row.maximum = combined(maxima, Larger());
 
-  const A share = exponential(own.maximum - row.maximum);
+  // of nothing but -inf the total is zero
+  const A pivot = row.maximum == -kInfinity<A> ? 0 : row.maximum;
+  const A share = exponential(own.maximum - pivot);
   reduce_warps(own.total * share, totals, Sum());
   if (gathering.need_stats) {
-    const A fall = own.maximum == -kInfinity<A> ? 0 : own.maximum - row.maximum;
+    const A fall = own.maximum == -kInfinity<A> ? 0 : own.maximum - pivot;
     reduce_warps(share * (own.moment + fall * own.total), moments, Sum());
     reduce_warps(own.maximum == row.maximum ? own.first : size - 1, firsts, Smaller());
   }
@@ -133,6 +146,64 @@ __device__ inline RowSums<A> combine_threads(const RowSums<A>& own, int64_t size
   return row;
 }
 
+// x of a group that begins at `first`; -inf beyond the row.
+template <typename T>
+__device__ inline void transformed(Acc<T> (&x)[kGroup<T>], const Group<T>& logits,
+                                   const Acc<T>* bias, int64_t first, int64_t size,
+                                   const Transform<Acc<T>>& transform) {
+  using A = Acc<T>;
+  A logit[kGroup<T>];
+#pragma unroll
+  for (int i = 0; i < kGroup<T>; ++i) logit[i] = widened(logits.items[i]);
+  if constexpr (std::is_same_v<T, A>) {
+    if (bias) {
+      const Group<A> added = load_group(bias, 1, first, size);
+#pragma unroll
+      for (int i = 0; i < kGroup<T>; ++i) logit[i] += added.items[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup<T>; ++i)
+    x[i] = first + i < size ? transform(logit[i]) : -kInfinity<A>;
+}
+
+// The sums of a row, in one read by the threads of a block; thread 0 has them all.  Which elements a
+// thread takes, and in what order, is a matter of their number alone.  Logits of 16 bits take no
+// bias; null: none.
+template <typename T>
+__device__ inline RowSums<Acc<T>> sums_of_row(const T* logits, int64_t stride, const Acc<T>* bias,
+                                              int64_t size, const Transform<Acc<T>>& transform,
+                                              const Gathering<Acc<T>>& gathering) {
+  RowSums<Acc<T>> own;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * kGroup<T>;
+  for (int64_t start = threadIdx.x * kGroup<T>; start < size; start += kReads<T> * step) {
+    Group<T> groups[kReads<T>];
+#pragma unroll
+    for (int read = 0; read < kReads<T>; ++read)
+      groups[read] = load_group(logits, stride, start + read * step, size);
+#pragma unroll
+    for (int read = 0; read < kReads<T>; ++read) {
+      const int64_t first = start + read * step;
+      Acc<T> x[kGroup<T>];
+      transformed(x, groups[read], bias, first, size, transform);
+      gather(own, x, first, size, gathering);
+    }
+  }
+  return combine_threads(own, size, gathering);
+}
+
+// Of a target that is no class, or huge, zero: it would swallow the others.
+template <typename A>
+__device__ inline A origin_at(A x) {
+  return x > -1000 && x < 1000 ? x : 0;
+}
+
+// The logarithm of a total; NaN of nothing but -inf, as of NaN and of +inf.
+template <typename A>
+__device__ inline A log_sum_of(const RowSums<A>& sums) {
+  return sums.total > 0 ? logarithm(sums.total) : static_cast<A>(NAN);
+}
+
 // The four factors of a row's gradient,
 //   dx = (p - [v = t]) of_target + p of_all - w of_weight - p (log p + entropy) of_entropy
 template <typename A>
@@ -142,6 +213,39 @@ struct Factors {
   A of_weight;   // s / V dloss
   A of_entropy;  // dentropy
 };
+
+// What class weights and label smoothing make of a row.
+template <typename A>
+struct Weighing {
+  A of_target;  // w[target]
+  A smoothing;  // s
+  A per_class;  // s / V
+  A sum;        // sum_v w[v], read if labels are smoothed
+
+  // -log p[target], and log-sum-exp less the origin of `weighted`
+  __device__ A loss(A surprisal, A lse_above_origin, A weighted) const {
+    const A loss = of_target * surprisal;
+    if (smoothing == 0) return loss;
+    return (1 - smoothing) * loss + per_class * (sum * lse_above_origin - weighted);
+  }
+
+  // of a loss alone
+  __device__ Factors<A> factors(A dloss) const {
+    Factors<A> factors{dloss * of_target, 0, 0, 0};
+    if (smoothing > 0) {
+      factors.of_target *= 1 - smoothing;
+      factors.of_weight = per_class * dloss;
+      factors.of_all = factors.of_weight * sum;
+    }
+    return factors;
+  }
+};
+
+// Of a row what comes in for it; null: zeros.
+template <typename A>
+__device__ inline A of_row(const void* gradients, int64_t row) {
+  return gradients ? static_cast<const A*>(gradients)[row] : 0;
+}
 
 template <typename A>
 __device__ inline A gradient(A log_p, bool is_target, A weight, A entropy,

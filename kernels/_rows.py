@@ -1,7 +1,8 @@
-"""Where the rows of a tensor are, for kernels that read them in place."""
+"""Where the rows of a tensor are, and what is known of each: what kernels of any kind share."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,23 @@ def row_layout(input: Tensor) -> tuple[int, int, int]:
     assert rows is not None, "refused above"
     (_, stride_outer), (inner, stride_inner) = rows
     return inner, stride_outer, stride_inner
+
+
+def new_results(
+    input: Tensor, target: Tensor, need_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses, maximum, log_sum, logprobs, entropy and predictions of rows, for a kernel to write.
+
+    Wide; the last three are empty unless they are asked for.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    losses = torch.empty(target.shape, dtype=dtype, device=input.device)
+    maximum, log_sum = torch.empty_like(losses), torch.empty_like(losses)
+    stats_shape = target.shape if need_stats else (0,)
+    logprobs = torch.empty(stats_shape, dtype=dtype, device=input.device)
+    entropy = torch.empty_like(logprobs)
+    predictions = torch.empty(stats_shape, dtype=torch.int64, device=input.device)
+    return losses, maximum, log_sum, logprobs, entropy, predictions
 
 
 def _merged(input: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:

@@ -115,7 +115,7 @@ def test_the_linear_loss_is_measured_beside_its_products_and_names_who_is_absent
 import runpy, sys
 sys.modules["cut_cross_entropy"] = None
 script = {str(ROOT / "benchmarks" / "loss.py")!r}
-providers = ["--only", "torch", "fastlm", "products", "cce"]
+providers = ["--only", "torch", "fastlm", "products", "cce", "cuda"]
 sys.argv = [script, "--device", "cpu", "--quick", *providers, "--out", {str(tmp_path)!r}]
 runpy.run_path(script, run_name="__main__")
 """
@@ -125,10 +125,11 @@ runpy.run_path(script, run_name="__main__")
     content = json.loads((tmp_path / "linear_cross_entropy.quick.json").read_text())
     rows = [row for row in content["rows"] if row["mode"] == "fwd_bwd"]
     by_provider = {row["provider"]: row for row in rows}
-    assert by_provider.keys() == {"torch", "fastlm", "products", "cce"}
+    assert by_provider.keys() == {"torch", "fastlm", "products", "cce", "cuda"}
     assert by_provider["products"]["ms_p50"] > 0
     assert by_provider["products"]["max_rel_err"] is None
     assert "cut_cross_entropy" in by_provider["cce"]["absent"]
+    assert "fastlm._C" in by_provider["cuda"]["absent"]
     assert "absent: import of cut_cross_entropy halted" in done.stdout
 
 

@@ -34,7 +34,7 @@ from fastlm.testing import attention_inputs
 
 pytestmark = interpreted_only  # on a GPU the kernels run there
 
-DRIVER = HOST / "check_causal_attention.cpp"
+DRIVER = HOST / "check_attention.cpp"
 NARROW = [torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float32, torch.float64]
 # bytes that a block may have: sm_75; 86, 89 and 120; 80; 90 and 100

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.cuda_host import CSRC, ROOT, build_py, missing, needed
+from support.cuda_host import CSRC, HOST, ROOT, build_py, missing, needed
 
 import fastlm
 from fastlm.ops.cuda import _extension
@@ -109,6 +109,16 @@ def test_loads_without_torch_and_says_what_it_is(built):
             r"0 bytes of shared memory a block, device 0\)",
             told["error"],
         ), told["error"]
+
+
+@pytest.mark.parametrize("source", sorted(HOST.glob("check_*.cpp")), ids=lambda path: path.stem)
+def test_the_programs_that_check_kernels_are_cuda(source, tmp_path):
+    """What g++ builds for a CPU, nvcc builds for the sanitizers of a GPU."""
+    command = [needed("nvcc"), "-std=c++17", "-arch=sm_80", "-Werror", "all-warnings",
+               "-I", str(CSRC), "-I", str(HOST), "-x", "cu", "-c", str(source),
+               "-o", str(tmp_path / "program.o")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -10,19 +10,28 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.cross_entropy import NO_OPTIONS, assert_agrees, assert_same_bits, losses_and_gradient
+from support.cross_entropy import assert_agrees, assert_same_bits, losses_and_gradient
 from support.cuda_host import (
     HOST,
     host_module,
     in_place_of_the_extension,
+    only_block,
     ordered,
     program,
     run,
 )
 from support.interpreter import interpreted_only
 from support.layouts import layouts
+from support.loss_addresses import (
+    FAR,
+    MANY_ROWS,
+    check_bad_target,
+    check_far,
+    check_far_gradient,
+    run_guarded,
+)
 from support.losses import OPTIONS, definition, judge, ours
-from support.memory import guarded, in_child, sparse
+from support.memory import in_child
 from support.poison import poisoned
 from torch import Tensor
 
@@ -140,7 +149,7 @@ def test_any_layout_gives_the_bits_of_the_contiguous_one(dtype, few_threads):
     logits, targets = cross_entropy_inputs(6, several_rounds(dtype) + 3, dtype)
     logits, targets = logits.view(2, 3, -1), targets.view(2, 3)
     expected = losses_and_gradient(logits, targets, "cuda")
-    # rows at multiples of 16 bytes are read whole, the others one by one
+    # rows at multiples of 16 bytes are read otherwise than those beside them
     for name, view in [*layouts(logits), ("aligned", aligned(logits))]:
         assert_same_bits(losses_and_gradient(view, targets, "cuda"), expected, name)
     for name, view in layouts(targets):
@@ -192,86 +201,31 @@ def test_what_memory_held_before_does_not_matter(few_threads):
 # Addresses
 
 
-def forward(x: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    return door.forward(x, targets, *NO_OPTIONS, False)[:3]
-
-
-def backward(upstream: Tensor, x: Tensor, targets: Tensor, *saved: Tensor) -> Tensor:
-    weight, *options = NO_OPTIONS
-    parts = (*saved, saved[-1])
-    return door.backward(upstream, None, None, None, x, targets, weight, *parts, *options)
-
-
-def run_guarded(end: str) -> None:
-    """Both kernels, every tensor they are given and every one they make at a protected page."""
-    make = torch.empty
-    for dtype in (torch.float32, torch.bfloat16):
-        for vocab_size in (1, 7, 8, 9, several_rounds(dtype)):
-            logits, targets = cross_entropy_inputs(4, vocab_size, dtype)
-            targets[0] = vocab_size - 1
-            for _, view in layouts(logits):
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(torch, "empty", lambda *a, **k: guarded(make(*a, **k), end))
-                    patch.setattr(torch, "empty_like", lambda x: guarded(make(x.shape), end))
-                    x, y = guarded(view, end), guarded(targets, end)
-                    losses, *saved = forward(x, y)
-                    gradient = backward(guarded(torch.ones(4), end), x, y, *saved)
-                assert losses.isfinite().all()
-                assert gradient.isfinite().all()
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("end", ["back", "front"])
-def test_stays_inside_its_tensors(end, few_threads):
-    in_child(lambda: run_guarded(end))
+def test_stays_inside_its_tensors(end, dtype, few_threads):
+    sizes = (1, 7, 8, 9, several_rounds(dtype))
+    in_child(lambda: run_guarded(door, end, dtype, sizes))
 
 
 @pytest.mark.parametrize("bad", [-1, 300, 301, -(2**63), 2**32 + 3])
 @pytest.mark.parametrize("end", ["back", "front"])
 def test_a_target_out_of_range_makes_its_row_nan_and_nothing_else(bad, end, few_threads):
+    in_child(lambda: check_bad_target(door, bad, end, 300))
+
+
+@pytest.mark.parametrize("place", FAR)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_offsets_pass_2_to_the_31(place, dtype):
+    in_child(lambda: check_far(door, *FAR[place], dtype))
+
+
+def test_the_gradient_may_have_more_than_2_to_the_31_elements(extension):
     def check() -> None:
-        logits, _ = cross_entropy_inputs(3, 300)
-        good = torch.tensor([1, 2, 3])
-        x, y = guarded(logits, end), guarded(torch.tensor([1, bad, 3]), end)
-        losses, *saved = forward(x, y)
-        gradient = backward(torch.ones(3), x, y, *saved)
-        want, *want_saved = forward(x, good)
-        want_gradient = backward(torch.ones(3), x, good, *want_saved)
-        assert losses.isnan().tolist() == [False, True, False]
-        assert gradient.isnan().all(-1).tolist() == [False, True, False]
-        for row in (0, 2):
-            assert torch.equal(losses[row], want[row])
-            assert torch.equal(gradient[row], want_gradient[row])
+        with only_block(extension, MANY_ROWS - 1):
+            check_far_gradient(door, [MANY_ROWS - 1])
 
     in_child(check)
-
-
-HUGE = 2**30 + 64
-
-
-@pytest.mark.parametrize("shape, strides", [
-    ((3, 40), (HUGE, 1)),
-    ((3, 2, 40), (HUGE, 40, 1)),
-    ((2, 3, 40), (40, HUGE, 1)),
-    ((2, 3), (3, HUGE)),
-    ((2, 40), (1, 2**26 + 3)),
-], ids=["rows", "outer", "inner", "few classes", "many classes"])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_offsets_pass_2_to_the_31(shape, strides, dtype):
-    in_child(lambda: check_huge_strides(shape, strides, dtype))
-
-
-def check_huge_strides(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    values = torch.randn(shape).to(dtype)
-    targets = torch.randint(shape[-1], shape[:-1])
-    x = sparse(shape, strides, dtype).copy_(values)
-    assert 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) > 2**31
-    losses, *saved = forward(x, targets)
-    gradient = backward(torch.ones_like(losses), x, targets, *saved)
-    want, *want_saved = forward(values, targets)
-    assert torch.equal(losses, want)
-    assert torch.equal(gradient, backward(torch.ones_like(want), values, targets, *want_saved))
 
 
 # Launches

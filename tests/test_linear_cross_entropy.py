@@ -22,9 +22,10 @@ import fastlm
 from fastlm import testing
 from fastlm.kernels import _chunks
 
-BACKENDS = ["triton", "torch", "reference"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
 op = importlib.import_module("fastlm.ops.linear_cross_entropy")
-FAST = ["triton", "torch"]
+FAST = ["triton", "cuda", "torch"]
+KERNELS = ["triton", "cuda"]
 NARROW = [torch.bfloat16, torch.float16]
 # one of everything; odd sizes; more rows than columns; a vocabulary of several blocks
 SHAPES = [(1, 1, 1), (5, 3, 33), (16, 17, 3), (3, 24, 2_100)]
@@ -297,13 +298,14 @@ def test_a_target_out_of_range_is_named(target, backend):
         ours(x.view(3, 4, 6), weight, bias, targets.view(3, 4), backend=backend)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("target", [-1, 20, 27, 2**32 + 3, -(2**63)])
-def test_a_target_out_of_range_is_nan_in_the_kernel(target, device):
+def test_a_target_out_of_range_is_nan_in_the_kernel(target, backend, device):
     x, weight, bias, targets = inputs(12, 6, 20, device=device)
-    expected = testing.run(ours, x, weight, bias, targets, reduction="none", backend="triton")
+    expected = testing.run(ours, x, weight, bias, targets, reduction="none", backend=backend)
     targets[5] = target
     with forced(block_v=8):
-        got = testing.run(ours, x, weight, bias, targets, reduction="none", backend="triton")
+        got = testing.run(ours, x, weight, bias, targets, reduction="none", backend=backend)
     for result in (got[0], got[1]):
         assert result[5].isnan().all()
         assert result[torch.arange(12) != 5].isfinite().all()
@@ -340,7 +342,7 @@ WRONG = [
     ({"shift": 5}, ValueError, r"shift must be in \[0, 4\], got 5"),
     ({"ignore_index": 2.5}, TypeError, "ignore_index must be an integer, got float"),
     ({"backend": "numpy"}, ValueError, "backend must be one of"),
-    ({"backend": "cuda"}, NotImplementedError, "linear_cross_entropy has no cuda backend"),
+    ({"backend": "gluon"}, NotImplementedError, "linear_cross_entropy has no gluon backend"),
 ]
 
 

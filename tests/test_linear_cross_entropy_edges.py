@@ -5,7 +5,7 @@ import torch
 
 import fastlm
 
-BACKENDS = ["triton", "torch", "reference"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
 
 
 def inputs(device, dtype=torch.float32, rows=6, width=8, vocab_size=200):

@@ -28,8 +28,8 @@ import fastlm
 from fastlm import testing
 from fastlm.testing import cross_entropy_inputs
 
-BACKENDS = ["triton", "torch", "reference"]
-FAST = ["triton", "torch"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
+FAST = ["triton", "cuda", "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCAB_SIZE = 35
 
@@ -46,7 +46,7 @@ def named(case: dict[str, Any]) -> str:
     return "-".join(case)
 
 
-@pytest.mark.parametrize("backend", ["cuda", *BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_cross_entropy_with_every_pair_of_options(case, backend, device, monkeypatch):
     force_tiny_blocks(monkeypatch)

@@ -21,8 +21,7 @@ from fastlm import testing
 SHARDS = "kernels/_shards.py"
 SUMS = "kernels/linear_cross_entropy/shard.py"
 KERNEL = "kernels/linear_cross_entropy/kernel.py"
-CHUNK = "kernels/linear_cross_entropy/chunk.py"
-LAUNCH = "kernels/linear_cross_entropy/launch.py"
+DRIVER = "kernels/_linear_loss.py"
 EAGER = "fastlm/ops/eager/linear_cross_entropy.py"
 LOSSES = "fastlm/ops/eager/_losses.py"
 REFERENCE = "fastlm/ops/reference/_shards.py"
@@ -75,16 +74,15 @@ TRITON = [
     Mutant("lanes are not brought to one maximum", SUMS,
            "fall = tl.where(running_max == float(\"-inf\"), 0.0, running_max - pivot)",
            "fall = tl.zeros((BLOCK_V,), ACC)"),
-    Mutant("ignored rows have a loss", CHUNK,
+    Mutant("ignored rows have a loss", DRIVER,
            "masked_fill_(outside, torch.nan).masked_fill_(ignored, 0.0))\n    rows.lse",
            "masked_fill_(outside, torch.nan))\n    rows.lse"),
     Mutant("residuals go to the row of the class's number", KERNEL,
            "tl.minimum(tl.maximum(column, 0), vocab_size - 1)",
            "tl.minimum(tl.maximum(target, 0), vocab_size - 1)"),
-    Mutant("the sum of the weights is that of a rank", LAUNCH,
-           "loss = Loss.of(known.lse, linear_bias, weight, *options, shard)\n    gradients",
-           "loss = Loss.of(known.lse, linear_bias, weight[: shard.size] if shard is not None"
-           " and weight is not None else weight, *options, shard)\n    gradients"),
+    Mutant("the sum of the weights is that of a rank", DRIVER,
+           "weight_sum = weight.sum() if",
+           "weight_sum = (weight if shard is None else weight[: shard.size]).sum() if"),
 ]  # fmt: skip
 TORCH = [
     Mutant("every rank subtracts one at a target", LOSSES,

@@ -15,6 +15,7 @@ from fastlm.ops.cross_entropy import over
 _OP = "linear_cross_entropy"
 BACKENDS = {
     "triton": "fastlm.kernels.linear_cross_entropy",
+    "cuda": "fastlm.ops.cuda.linear_cross_entropy",
     "torch": "fastlm.ops.eager.linear_cross_entropy",
     "reference": "fastlm.ops.reference.linear_cross_entropy",
 }

@@ -133,7 +133,7 @@ def linear_cross_entropy(
         return_stats: Also return :class:`LossStats`, of all positions, whatever ``shift``.
         process_group: The processes that ``linear_weight`` is split over.  None takes a DTensor's
             from its mesh; V need not divide by the number of ranks there.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A scalar, or ``(...)`` with ``reduction="none"``; float32, float64 for float64 inputs.  The

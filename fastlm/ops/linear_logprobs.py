@@ -8,12 +8,14 @@ from torch import Tensor
 
 from fastlm.ops._checks import check_integer, is_distributed
 from fastlm.ops._linear import check_linear_loss, shifted
-from fastlm.ops._linear_loss import needs_gradient, per_position
+from fastlm.ops._linear_loss import BACKENDS, needs_gradient, per_position
 from fastlm.ops._shards import sharded_loss
 from fastlm.ops.cross_entropy import check_loss_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+__all__ = ["BACKENDS", "linear_logprobs"]
 
 _OP = "linear_logprobs"
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from .._launch import accumulator, launch
-from .._rows import refuses_rows, row_layout
+from .._rows import new_results, refuses_rows, row_layout
 from .._runtime import refuses_device
 from . import tuning
 from .kernel import backward_kernel, forward_kernel
@@ -59,13 +59,9 @@ def forward(
     logit_scale: float,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    losses = torch.empty(target.shape, dtype=dtype, device=input.device)
-    maximum, log_sum = torch.empty_like(losses), torch.empty_like(losses)
-    stats_shape = target.shape if need_stats else (0,)
-    logprobs = torch.empty(stats_shape, dtype=dtype, device=input.device)
-    entropy = torch.empty_like(logprobs)
-    predictions = torch.empty(stats_shape, dtype=torch.int64, device=input.device)
+    losses, maximum, log_sum, logprobs, entropy, predictions = new_results(
+        input, target, need_stats
+    )
     vocab_size = input.shape[-1]
     weights = _weights(weight, losses, label_smoothing)
     with_sums = need_stats or label_smoothing > 0

@@ -1,8 +1,7 @@
-"""Launch the kernels on the logits of one chunk of rows."""
+"""Launch the kernels on the logits of one chunk of rows: ``Kernels`` of ``_linear_loss.py``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from .._chunks import Operand, Upstream
 from .._launch import accumulator, launch
-from .._shards import Shard, combine
+from .._linear_loss import Loss, Lost, Rows
+from .._shards import Shard
 from . import tuning
 from .kernel import bias_gradient_kernel, gradient_kernel, loss_kernel
 from .shard import shard_kernel
@@ -20,103 +20,7 @@ from .shard import shard_kernel
 _HEAVY = ("HAS_SOFTCAP", "SMOOTHED", "HAS_DENTROPY")
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Which loss of the logits.
-
-    Attributes:
-        bias: ``(V,)``, added to the logits.
-        weight: ``(V,)`` wide, of the classes.
-        weight_sum: Its sum, read with label smoothing.
-        shard: Which classes the logits and the bias have; None: all.
-        weight_sums: ``(ranks, 1)``, read with label smoothing of sharded logits.
-    """
-
-    bias: Tensor | None
-    weight: Tensor | None
-    weight_sum: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    softcap: float | None
-    logit_scale: float
-    shard: Shard | None = None
-    weight_sums: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        like: Tensor,
-        bias: Tensor | None,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        softcap: float | None,
-        logit_scale: float,
-        shard: Shard | None,
-    ) -> Loss:
-        """The loss these options make, for logits in the dtype of ``like``."""
-        bias = None if bias is None else bias.contiguous()
-        weight = None if weight is None else weight.to(like.dtype).contiguous()
-        smoothed = weight is not None and label_smoothing > 0
-        weight_sum = weight.sum() if weight is not None and smoothed else None
-        options = (ignore_index, label_smoothing, softcap, logit_scale)
-        weight_sums = None
-        if shard is not None and label_smoothing > 0:
-            weight_sums = shard.weight_sums(weight, like)
-        return cls(bias, weight, weight_sum, *options, shard, weight_sums)
-
-    def classes(self, vocab_size: int) -> tuple[int, int]:
-        """The class of the first of ``vocab_size`` logits, and the number of all classes."""
-        shard = self.shard
-        return (0, vocab_size) if shard is None else (shard.first_class, shard.num_classes)
-
-    @property
-    def numbers(self) -> tuple[int, float, float, float]:
-        return self.ignore_index, self.label_smoothing, self.softcap or 0.0, self.logit_scale
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        return {
-            "HAS_WEIGHT": self.weight is not None,
-            "HAS_SOFTCAP": self.softcap is not None,
-            "SMOOTHED": self.label_smoothing > 0,
-        }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is known of each row, wide; statistics are empty where they are not asked for."""
-
-    losses: Tensor
-    lse: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    predictions: Tensor
-
-    @classmethod
-    def empty(cls, input: Tensor, num_rows: int, dtype: torch.dtype, *, need_stats: bool) -> Rows:
-        losses = input.new_empty(num_rows, dtype=dtype)
-        logprobs = input.new_empty(num_rows if need_stats else 0, dtype=dtype)
-        return cls(
-            losses, torch.empty_like(losses),
-            logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.int64),
-        )  # fmt: skip
-
-    @classmethod
-    def known(cls, lse: Tensor, entropy: Tensor) -> Rows:
-        """What a gradient reads."""
-        nothing = lse.new_empty(0)
-        return cls(nothing, lse, nothing, entropy, torch.empty_like(nothing, dtype=torch.int64))
-
-    def __getitem__(self, rows: slice) -> Rows:
-        return Rows(*(x[rows] if x.numel() else x for x in vars(self).values()))
-
-
 def launch_loss(logits: Tensor, targets: Tensor, loss: Loss, rows: Rows) -> None:
-    """Write ``rows``; of sharded logits, together with the other ranks."""
-    if loss.shard is not None:
-        _write_combined(logits, targets, loss, loss.shard, rows)
-        return
     num_rows, vocab_size = logits.shape
     plan = tuning.plan("loss", vocab_size)
     launch(
@@ -124,43 +28,23 @@ def launch_loss(logits: Tensor, targets: Tensor, loss: Loss, rows: Rows) -> None
         logits, *_vectors(loss, logits), targets,
         rows.losses, rows.lse, rows.logprobs, rows.entropy, rows.predictions,
         vocab_size, *loss.numbers,
-        HAS_BIAS=loss.bias is not None, **loss.flags, NEED_STATS=rows.entropy.numel() > 0,
+        HAS_BIAS=loss.bias is not None, **_loss_flags(loss), NEED_STATS=rows.entropy.numel() > 0,
         **_shared(plan, logits),
     )  # fmt: skip
 
 
-def _write_combined(logits: Tensor, targets: Tensor, loss: Loss, shard: Shard, rows: Rows) -> None:
-    smoothed, need_stats = loss.label_smoothing > 0, rows.entropy.numel() > 0
-    sums = shard.new_sums(logits, len(logits), smoothed=smoothed, need_stats=need_stats)
-    launch_shard(logits, targets, loss, shard.first_class, sums, need_stats=need_stats)
-    everyones = shard.gather(sums, targets)
-    known = combine(shard, everyones, targets, loss.weight, loss.weight_sums, loss.label_smoothing)
-    ignored = targets == loss.ignore_index
-    outside = (targets < 0) | (targets >= shard.num_classes)
-    lse = known.maximum + known.log_sum
-    rows.losses.copy_(known.losses.masked_fill_(outside, torch.nan).masked_fill_(ignored, 0.0))
-    rows.lse.copy_(lse.masked_fill_(ignored, 0.0))
-    if need_stats:
-        logprobs = known.logprobs.masked_fill_(outside, torch.nan)
-        rows.logprobs.copy_(logprobs.masked_fill_(ignored, 0.0))
-        rows.entropy.copy_(known.entropy.masked_fill_(ignored, 0.0))
-        rows.predictions.copy_(known.predictions.masked_fill_(ignored, -1))
-
-
 def launch_shard(
-    logits: Tensor, targets: Tensor, loss: Loss, first_class: int, sums: Tensor, *, need_stats: bool
+    logits: Tensor, targets: Tensor, loss: Loss, shard: Shard, sums: Tensor, *, need_stats: bool
 ) -> None:
-    """Write the ``sums`` of these classes, unless there are none."""
     num_rows, vocab_size = logits.shape
-    if vocab_size == 0:
-        return
     plan = tuning.plan("shard", vocab_size)
     bias, weight, _ = _vectors(loss, logits)
     launch(
         shard_kernel, (num_rows,),
         logits, bias, weight, targets, sums,
-        num_rows, vocab_size, first_class, loss.ignore_index, loss.softcap or 0.0, loss.logit_scale,
-        HAS_BIAS=loss.bias is not None, **loss.flags, NEED_STATS=need_stats,
+        num_rows, vocab_size, shard.first_class, loss.ignore_index, loss.softcap or 0.0,
+        loss.logit_scale,
+        HAS_BIAS=loss.bias is not None, **_loss_flags(loss), NEED_STATS=need_stats,
         **_shared(plan, logits),
     )  # fmt: skip
 
@@ -174,18 +58,14 @@ def launch_gradient(
     rows: Rows,
     *,
     lse_is_known: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The gradient over the memory of ``logits``, and what rounding took from two elements a row.
-
-    Both as :class:`LinearGradients` takes them.  Writes ``rows``, or reads their lse and entropy.
-    """
+) -> tuple[Tensor, Lost | None]:
     num_rows, vocab_size = logits.shape
     dlogits = logits.view(operand.dtype)[:, :vocab_size]
     is_rounded = operand.dtype != logits.dtype
     lost_shape = (num_rows, 2 if is_rounded else 0)
     columns, residuals = targets.new_zeros(lost_shape), logits.new_empty(lost_shape)
     need_stats = not lse_is_known and rows.entropy.numel() > 0
-    flags = {**loss.flags, **_flags(upstream)}
+    flags = {**_loss_flags(loss), **_flags(upstream)}
     has_options = need_stats or any(flags[name] for name in _HEAVY)
     plan = tuning.plan("gradient with options" if has_options else "gradient", vocab_size)
     launch(
@@ -208,7 +88,6 @@ def launch_bias_gradient(
     rows: Rows,
     dbias: Tensor,
 ) -> None:
-    """Add to ``dbias``; reads the lse and entropy of ``rows``."""
     num_rows, vocab_size = logits.shape
     plan = tuning.BIAS
     launch(
@@ -216,7 +95,7 @@ def launch_bias_gradient(
         logits, *_vectors(loss, logits), targets, *_tensors(upstream, rows.lse),
         rows.lse, rows.entropy, dbias, num_rows, vocab_size, *loss.classes(vocab_size),
         *loss.numbers,
-        **loss.flags, **_flags(upstream), BLOCK_R=plan.block_r, **_shared(plan, logits),
+        **_loss_flags(loss), **_flags(upstream), BLOCK_R=plan.block_r, **_shared(plan, logits),
     )  # fmt: skip
 
 
@@ -229,6 +108,14 @@ def _tensors(upstream: Upstream, like: Tensor) -> list[Tensor]:
         dlse = torch.zeros_like(dlogprobs)
     given = (upstream.dlosses, dlogprobs, dlse, upstream.dentropy, upstream.z_weight)
     return [like if x is None else x for x in given]
+
+
+def _loss_flags(loss: Loss) -> dict[str, bool]:
+    return {
+        "HAS_WEIGHT": loss.weight is not None,
+        "HAS_SOFTCAP": loss.softcap is not None,
+        "SMOOTHED": loss.label_smoothing > 0,
+    }
 
 
 def _flags(upstream: Upstream) -> dict[str, bool]:

@@ -7,57 +7,19 @@
 // or a wrong address shows.
 
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "attention_with_kv_cache.h"
+#include "checking.h"
 #include "vectors.cuh"
 
+using namespace checking;
 using namespace fastlm;
 
 namespace {
-
-// Elements of a block that ends with the last: behind it AddressSanitizer watches.  Filled with NaN.
-template <typename T>
-class Block {
- public:
-  explicit Block(size_t count, size_t offset = 0) {
-    if (posix_memalign(&memory_, 16, (offset + count) * sizeof(T))) throw std::bad_alloc();
-    memset(memory_, 0xFF, (offset + count) * sizeof(T));
-    data_ = static_cast<T*>(memory_) + offset;
-  }
-  ~Block() { free(memory_); }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-
-  T* data() const { return data_; }
-  T& operator[](size_t i) const { return data_[i]; }
-
- private:
-  void* memory_;
-  T* data_;
-};
-
-int failures = 0, launches = 0;
-
-void require(const std::string& error) {
-  ++launches;
-  if (error.empty()) return;
-  ++failures;
-  fprintf(stderr, "%s\n", error.c_str());
-}
-
-void expect(double got, double want, double allowed, const std::string& where) {
-  if (std::isnan(want) ? std::isnan(got) : std::fabs(got - want) <= allowed) return;
-  ++failures;
-  fprintf(stderr, "%s: %.9g, not %.9g\n", where.c_str(), got, want);
-}
 
 struct Options {
   bool has_pages, is_int8, has_bounds;
@@ -208,11 +170,11 @@ void check(Dtype dtype, double allowed, int tile, const Options& options) {
             want += scores[s] / total * v;
           }
           const int at = ((row * kQueries + t) * heads + head) * kValueDim + i;
-          expect(widened(out[at]), want, allowed, where + ", out");
+          expect(widened(out[at]), want, allowed, "out", where);
         }
         const int at = options.has_bounds ? head * tokens + row * kQueries + t
                                           : (row * heads + head) * kQueries + t;
-        expect(lse[at], fits ? maximum + std::log(total) : std::nan(""), allowed, where + ", lse");
+        expect(lse[at], fits ? maximum + std::log(total) : std::nan(""), allowed, "lse", where);
       }
 }
 
@@ -232,19 +194,12 @@ void check_all(Dtype dtype, double allowed, bool small) {
 }  // namespace
 
 int main(int count, char** words) {
-  bool small = false;
-  for (int i = 1; i < count; ++i) {
-    const std::string word = words[i];
-    if (word == "small") small = true;
-    if (word == "reverse") shim_set_order(1, 0);
-    if (word == "random") shim_set_order(2, 1);
-  }
+  const bool small = is_small(count, words);
   check_all<float>(Dtype::kFloat32, 1e-5, small);
   check_all<__nv_bfloat16>(Dtype::kBfloat16, 0.1, small);
   if (!small) {
     check_all<__half>(Dtype::kFloat16, 0.02, small);
     check_all<double>(Dtype::kFloat64, 1e-6, small);
   }
-  printf("%d launches, %ld switches, %d failures\n", launches, shim_switches(), failures);
-  return failures ? 1 : 0;
+  return result();
 }

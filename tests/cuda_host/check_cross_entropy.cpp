@@ -8,82 +8,29 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "checking.h"
 #include "cross_entropy.h"
+#include "loss_definition.h"
 #include "vectors.cuh"
 
+using namespace checking;
 using namespace fastlm;
 
 namespace {
-
-constexpr int64_t kIgnore = -100;
-
-struct Options {
-  bool weighted, with_stats;
-  double label_smoothing, softcap, logit_scale;
-};
 
 struct Layout {
   const char* name;
   int64_t offset, row_gap, stride_vocab;
 };
 
-// One row by the definition.
-struct Truth {
-  double loss, lse, logprob = 0, entropy = 0, z_gradient = 0;
-  std::vector<double> dlogits;
-};
-
-Truth truth_of(const std::vector<double>& logits, const std::vector<double>& w, int64_t target,
-               const Options& options, const double (&upstream)[4]) {
-  const size_t size = logits.size();
-  const double s = options.label_smoothing;
-  std::vector<double> x(size), slope(size);
-  double maximum = -INFINITY, total = 0, weight_sum = 0;
-  for (size_t v = 0; v < size; ++v) {
-    const double u = options.logit_scale * logits[v];
-    const double t = options.softcap ? std::tanh(u / options.softcap) : 0;
-    x[v] = options.softcap ? options.softcap * t : u;
-    slope[v] = (1 - t * t) * options.logit_scale;
-    maximum = std::fmax(maximum, x[v]);
-    weight_sum += w[v];
-  }
-  for (double value : x) total += std::exp(value - maximum);
-  Truth truth;
-  truth.lse = maximum + std::log(total);
-  truth.dlogits.assign(size, 0.0);
-  truth.loss = 0;
-  if (target == kIgnore) return truth;
-  const bool is_class = target >= 0 && target < int64_t(size);
-  const double nan = std::nan("");
-  double uniform = 0;
-  for (size_t v = 0; v < size; ++v) {
-    const double log_p = x[v] - truth.lse;
-    truth.entropy -= std::exp(log_p) * log_p;
-    uniform -= w[v] * log_p;
-  }
-  truth.logprob = is_class ? x[target] - truth.lse : nan;
-  truth.loss = is_class ? -(1 - s) * w[target] * truth.logprob + s / size * uniform : nan;
-  for (size_t v = 0; v < size; ++v) {
-    const double log_p = x[v] - truth.lse, p = std::exp(log_p);
-    const double hit = int64_t(v) == target ? 1.0 : 0.0;
-    double dx = (p - hit) * ((1 - s) * (is_class ? w[target] : nan) * upstream[0] - upstream[1]);
-    dx += p * (s * weight_sum / size * upstream[0] + upstream[2]) - s / size * w[v] * upstream[0];
-    dx -= p * (log_p + truth.entropy) * upstream[3];
-    truth.dlogits[v] = dx * slope[v];
-  }
-  return truth;
-}
-
 template <typename T>
 void check(Dtype dtype, double unit, int64_t vocab_size, int threads, const Layout& layout,
-           const Options& options) {
+           const LossOptions& options) {
   using A = Acc<T>;
   constexpr int64_t kOuter = 2, kInner = 3, kRows = kOuter * kInner;
   const std::string where = "dtype " + std::to_string(int(dtype)) + ", V " +
@@ -158,7 +105,7 @@ void check(Dtype dtype, double unit, int64_t vocab_size, int threads, const Layo
     for (int64_t v = 0; v < vocab_size; ++v) x[v] = widened(at[v * layout.stride_vocab]);
     const double incoming[4] = {dlosses[row], stats ? dlogprobs[row] : 0, stats ? dlse[row] : 0,
                                 stats ? dentropy[row] : 0};
-    const Truth truth = truth_of(x, w, targets[row], options, incoming);
+    const LossOfRow truth = loss_of(x, w, targets[row], options, incoming);
     const double allowed = 1e-5;
     expect(losses[row], truth.loss, allowed, "loss", where);
     expect(maximum[row] + log_sum[row], truth.lse, allowed, "lse", where);
@@ -183,14 +130,14 @@ void check_all(Dtype dtype, double unit, bool small) {
                             {"rows apart", 0, int64_t(16 / sizeof(T)), 1},
                             {"off by one element", 1, 0, 1},
                             {"every third class", 0, 2, 3}};
-  const Options plain{false, false, 0, 0, 1};
-  const Options all{true, true, 0.1, 20, 0.7};
+  const LossOptions plain{false, false, 0, 0, 1};
+  const LossOptions all{true, true, 0.1, 20, 0.7};
   // around a group of 16 bytes, and around what a block of two warps takes at once
   std::vector<int64_t> sizes{1, 7, 8, 9, 33, 1024, 1025, 2600};
   if (small) sizes = {600};
   for (int64_t vocab_size : sizes)
     for (const Layout& layout : layouts)
-      for (const Options& options : {plain, all}) {
+      for (const LossOptions& options : {plain, all}) {
         if (small && strcmp(layout.name, "contiguous")) continue;
         check<T>(dtype, unit, vocab_size, 64, layout, options);
       }
@@ -199,19 +146,12 @@ void check_all(Dtype dtype, double unit, bool small) {
 }  // namespace
 
 int main(int count, char** words) {
-  bool small = false;
-  for (int i = 1; i < count; ++i) {
-    const std::string word = words[i];
-    if (word == "small") small = true;
-    if (word == "reverse") shim_set_order(1, 0);
-    if (word == "random") shim_set_order(2, 1);
-  }
+  const bool small = is_small(count, words);
   check_all<float>(Dtype::kFloat32, 0, small);
   check_all<__nv_bfloat16>(Dtype::kBfloat16, 1.0 / 256, small);
   if (!small) {
     check_all<__half>(Dtype::kFloat16, 1.0 / 2048, small);
     check_all<double>(Dtype::kFloat64, 0, small);
   }
-  printf("%d launches, %ld switches, %d failures\n", launches, shim_switches(), failures);
-  return failures ? 1 : 0;
+  return result();
 }

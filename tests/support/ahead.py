@@ -114,9 +114,10 @@ def _sharded_cross_entropy(vocab_size: int, dtype: torch.dtype, *, with_options:
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     bias = empty(vocab_size, dtype=dtype) if with_options else None
     weight, *options = all_loss_options(2 * vocab_size) if with_options else NO_LOSS_OPTIONS
-    loss = chunk.Loss.of(logits, bias, weight, *options, Shard(group, 2 * vocab_size, vocab_size))
+    shard = Shard(group, 2 * vocab_size, vocab_size)
+    loss = chunk.Loss.of(logits, bias, weight, *options, shard)
     sums = empty(6, 8, dtype=wide)
-    chunk.launch_shard(logits, targets, loss, vocab_size, sums, need_stats=with_options)
+    chunk.launch_shard(logits, targets, loss, shard, sums, need_stats=with_options)
     upstream = Upstream(row, row, row, row, row) if with_options else Upstream(row)
     rows = chunk.Rows.known(row, row)
     if with_options:

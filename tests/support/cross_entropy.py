@@ -62,16 +62,21 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor], why: str = ""
         assert torch.equal(got, want), why
 
 
-def kernels_forward(x: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def kernels_forward(x: Tensor, targets: Tensor, door: Any = kernels) -> tuple[Tensor, ...]:
     """Losses, maximum and log_sum by the kernel itself."""
-    return kernels.forward(x, targets, *NO_OPTIONS, False)[:3]
+    return door.forward(x, targets, *NO_OPTIONS, False)[:3]
 
 
 def kernels_backward(
-    dlosses: Tensor, x: Tensor, targets: Tensor, maximum: Tensor, log_sum: Tensor
+    dlosses: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    door: Any = kernels,
 ) -> Tensor:
     weight, *options = NO_OPTIONS
-    return kernels.backward(
+    return door.backward(
         dlosses, None, None, None, x, targets, weight, maximum, log_sum, log_sum, *options
     )
 

@@ -144,9 +144,12 @@ def shim() -> list[Path]:
 
 
 def program(source: Path, variant: str, csrc: Path = CSRC) -> Path:
-    """A program that launches kernels by itself, in one of the three variants."""
+    """A program that launches kernels by itself, in one of the three variants.
+
+    One that checks an op, ``check_<op>.cpp``, has the launchers of that op.
+    """
     flags = VARIANTS[variant]
-    sources = (source, *sorted(csrc.glob("*.cu")))
+    sources = (source, *sorted(csrc.glob(f"{source.stem.removeprefix('check_')}*.cu")))
     objects = [compiled(path, *flags, csrc=csrc) for path in sources]
     return linked(f"{source.stem}-{variant}", [*objects, *shim()], *flags)
 
@@ -231,6 +234,19 @@ def killed(mutant: Mutant, check: Callable[[], object]) -> bool:
         except AssertionError:
             return True
     return False
+
+
+@contextlib.contextmanager
+def only_block(module: ModuleType, number: int) -> Iterator[None]:
+    """Of every grid this block alone runs, where all would take too long."""
+    assert module.__file__ is not None
+    library = ctypes.CDLL(module.__file__)
+    library.shim_set_blocks.argtypes = [ctypes.c_ulong, ctypes.c_ulong]
+    library.shim_set_blocks(number, number + 1)
+    try:
+        yield
+    finally:
+        library.shim_set_blocks(0, 2**64 - 1)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import accumulator, launch
 from fastlm.kernels.linear_cross_entropy import chunk, tuning
 
-LAUNCH = "fastlm.kernels.linear_cross_entropy.launch"
+DRIVER = "fastlm.kernels._linear_loss"
 EAGER = "fastlm.ops.eager.linear_cross_entropy"
 # ignore_index, label_smoothing, softcap, logit_scale
 NO_OPTIONS = (-100, 0.0, None, 1.0)
@@ -185,7 +185,7 @@ def forced(*, rows: int | None = None, block_v: int | None = None) -> Iterator[N
     """Chunks of ``rows`` rows, and kernels with blocks of ``block_v``."""
     with contextlib.ExitStack() as stack:
         if rows is not None:
-            for module in (LAUNCH, EAGER):
+            for module in (DRIVER, EAGER):
                 patch = mock.patch(f"{module}.rows_per_chunk", lambda *shapes: rows)
                 stack.enter_context(patch)
         if block_v is not None:

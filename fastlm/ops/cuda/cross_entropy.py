@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.kernels._rows import refuses_rows, row_layout
+from fastlm.kernels._rows import new_results, refuses_rows, row_layout
 from fastlm.ops.cuda._extension import address, dtype_of, kernels, place, refuses_device
 
 # (largest vocab_size, threads of a block), smallest first; the last row serves all above it.
@@ -64,14 +64,10 @@ def forward(
     logit_scale: float,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    losses = torch.empty(target.shape, dtype=dtype, device=input.device)
-    maximum, log_sum = torch.empty_like(losses), torch.empty_like(losses)
-    stats_shape = target.shape if need_stats else (0,)
-    logprobs = torch.empty(stats_shape, dtype=dtype, device=input.device)
-    entropy = torch.empty_like(logprobs)
-    predictions = torch.empty(stats_shape, dtype=torch.int64, device=input.device)
-    weight, weight_sum = _weights(weight, dtype, label_smoothing)
+    losses, maximum, log_sum, logprobs, entropy, predictions = new_results(
+        input, target, need_stats
+    )
+    weight, weight_sum = _weights(weight, losses.dtype, label_smoothing)
     target = target.contiguous()
     kernels().cross_entropy_forward(
         dtype=dtype_of(input),
@@ -83,7 +79,7 @@ def forward(
         logprobs=address(logprobs if need_stats else None),
         entropy=address(entropy),
         predictions=address(predictions),
-        plan=_plan(input),
+        plan=plan_of(input),
         **place(input),
     )  # fmt: skip
     return losses, maximum, log_sum, logprobs, entropy, predictions
@@ -125,7 +121,7 @@ def backward(
         dlse=of_lse,
         dentropy=of_entropy,
         dlogits=address(dinput),
-        plan=_plan(input),
+        plan=plan_of(input),
         **place(input),
     )  # fmt: skip
     return dinput
@@ -178,6 +174,7 @@ def plan(vocab_size: int, itemsize: int) -> tuple[int, int]:
     return threads, min(-(-vocab_size // elements), _MOST_BLOCKS_PER_ROW)
 
 
-def _plan(input: Tensor) -> Any:
+def plan_of(input: Tensor) -> Any:
+    """How launches on the rows of ``input`` are cut."""
     threads, blocks_per_row = plan(input.shape[-1], input.element_size())
     return kernels().LossPlan(threads=threads, blocks_per_row=blocks_per_row)

@@ -84,6 +84,7 @@ struct State {  // of the one launch that is under way
   std::vector<char*> to_free;
 
   int order = 0;
+  size_t first_block = 0, end_block = SIZE_MAX;
   std::mt19937 random;
   long switches = 0;
   std::map<const void*, size_t> allowed_dynamic;
@@ -369,7 +370,10 @@ void launch(const Work& work, dim3 grid, dim3 block, size_t shared_bytes) {
   state.work = work;
   state.dynamic_bytes = shared_bytes;
   state.error.clear();
-  for (size_t number : ordered(size_t(grid.x) * grid.y * grid.z)) {
+  const size_t end = std::min(state.end_block, size_t(grid.x) * grid.y * grid.z);
+  const size_t first = std::min(state.first_block, end);
+  for (size_t index : ordered(end - first)) {
+    const size_t number = first + index;
     blockIdx = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y),
                 unsigned(number / grid.x / grid.y)};
     run_block();
@@ -498,6 +502,11 @@ extern "C" {
 void shim_set_order(int order, unsigned seed) {
   shim::state.order = order;
   shim::state.random.seed(seed);
+}
+
+void shim_set_blocks(unsigned long first, unsigned long end) {
+  shim::state.first_block = first;
+  shim::state.end_block = end;
 }
 
 long shim_switches() { return shim::state.switches; }

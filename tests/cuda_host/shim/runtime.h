@@ -83,6 +83,8 @@ void wait_for_copies(int pending);
 extern "C" {
 // Order of blocks and of the threads of each: 0 forward, 1 reverse, 2 random from the seed.
 void shim_set_order(int order, unsigned seed);
+// Only blocks [first, end) of a grid run.
+void shim_set_blocks(unsigned long first, unsigned long end);
 // Threads resumed since the start of the program.
 long shim_switches();
 }

@@ -1,24 +1,23 @@
 // Runs the launchers of csrc/causal_attention.h on heap blocks of their exact size, for sanitizers to
 // watch, and compares with the definition in float64.
 //
-//     check_causal_attention [small] [forward|reverse|random]
+//     check_attention [small] [forward|reverse|random]
 //
 // How close is right is judged elsewhere, by the rule for all backends; here a wrong element, a race
 // or a wrong address shows.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "causal_attention.h"
-#include "check.h"
+#include "checking.h"
 #include "vectors.cuh"
 
+using namespace checking;
 using namespace fastlm;
 
 namespace {
@@ -259,19 +258,12 @@ void check_all(Dtype dtype, double unit, bool small) {
 }  // namespace
 
 int main(int count, char** words) {
-  bool small = false;
-  for (int i = 1; i < count; ++i) {
-    const std::string word = words[i];
-    if (word == "small") small = true;
-    if (word == "reverse") shim_set_order(1, 0);
-    if (word == "random") shim_set_order(2, 1);
-  }
+  const bool small = is_small(count, words);
   check_all<float>(Dtype::kFloat32, 0, small);
   check_all<__nv_bfloat16>(Dtype::kBfloat16, 1.0 / 256, small);
   if (!small) {
     check_all<__half>(Dtype::kFloat16, 1.0 / 2048, small);
     check_all<double>(Dtype::kFloat64, 0, small);
   }
-  printf("%d launches, %ld switches, %d failures\n", launches, shim_switches(), failures);
-  return failures ? 1 : 0;
+  return result();
 }
