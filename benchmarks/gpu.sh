@@ -68,7 +68,7 @@ run_build_cuda() {
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}{minor}" + ("a" if major == 9 else ""))')
   rm -f fastlm/_C.*.so
-  "$python" -P csrc/build.py build/cuda --archs "$archs"
+  FASTLM_CUDA_FLOAT64=1 "$python" -P csrc/build.py build/cuda --archs "$archs"
   cp build/cuda/_C.*.so fastlm/
   "$python" -P -c 'from fastlm.ops.cuda._extension import description; print(description())'
 }
@@ -89,8 +89,8 @@ run_sanitizer() {
   ls build/cuda/_C.*.so >/dev/null 2>&1 || { echo "the kernels of csrc/ are not built"; exit 77; }
   for source in tests/cuda_host/check_*.cpp; do
     name=$(basename "$source" .cpp)
-    "$nvcc" -std=c++17 -arch=native -Xcompiler -fPIC -I csrc -I tests/cuda_host -x cu -c "$source" \
-      -o "build/cuda/$name.o"
+    "$nvcc" -std=c++17 -arch=native -DFASTLM_WITH_FLOAT64 -Xcompiler -fPIC -I csrc \
+      -I tests/cuda_host -x cu -c "$source" -o "build/cuda/$name.o"
     "$nvcc" -arch=native -cudart static -o "build/cuda/$name" \
       "build/cuda/$name.o" "build/cuda/${name#check_}"*.o
     compute-sanitizer --tool "$tool" --error-exitcode 1 "build/cuda/$name" "$@"

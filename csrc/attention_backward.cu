@@ -12,6 +12,7 @@ using BackwardMemoryOf = BackwardMemory<typename P::Tiles, P::kTile>;
 
 bool attention_fits(AttentionStep step, Dtype dtype, int head_dim, int value_dim,
                     int shared_limit) {
+  if (!is_served(dtype)) return false;
   switch (step) {
     case AttentionStep::kForward:
       return on_forward_path(dtype, value_dim, [&](auto path) {
@@ -44,6 +45,7 @@ std::string attention_delta(Dtype dtype, const AttentionInputs& in,
 std::string attention_dkdv(Dtype dtype, const AttentionInputs& in,
                            const AttentionUpstream& upstream, void* dkey, void* dvalue,
                            const AttentionPlan& plan, int device, void* stream) {
+  if (!is_served(dtype)) return "attention_dkdv: no such dtype";
   return on_dkdv_path(dtype, in.head_dim, in.value_dim, [&](auto path) {
     using P = decltype(path);
     using Tiles = typename P::Tiles;
@@ -64,6 +66,7 @@ std::string attention_dkdv(Dtype dtype, const AttentionInputs& in,
 std::string attention_dq(Dtype dtype, const AttentionInputs& in,
                          const AttentionUpstream& upstream, void* dquery,
                          const AttentionPlan& plan, int device, void* stream) {
+  if (!is_served(dtype)) return "attention_dq: no such dtype";
   return on_dq_path(dtype, in.head_dim, [&](auto path) {
     using P = decltype(path);
     using Tiles = typename P::Tiles;

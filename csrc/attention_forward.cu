@@ -5,6 +5,7 @@ namespace fastlm {
 std::string attention_forward(Dtype dtype, const AttentionInputs& in,
                               const AttentionResults& results, const AttentionPlan& plan,
                               int device, void* stream) {
+  if (!is_served(dtype)) return "attention_forward: no such dtype";
   return on_forward_path(dtype, in.value_dim, [&](auto path) {
     using P = decltype(path);
     using Tiles = typename P::Tiles;

@@ -23,8 +23,8 @@ inline bool is_narrow(Dtype dtype) {
 // blocks.
 template <typename Run>
 auto on_scalars(Dtype dtype, Run run) {
-  return dtype == Dtype::kFloat64 ? run(Path<ScalarTiles<double, 2>, 32>())
-                                  : run(Path<ScalarTiles<float, 4>, 32>());
+  FASTLM_FLOAT64(if (dtype == Dtype::kFloat64) return run(Path<ScalarTiles<double, 2>, 32>()));
+  return run(Path<ScalarTiles<float, 4>, 32>());
 }
 template <typename Run>
 auto on_forward_path(Dtype dtype, int value_dim, Run run) {

@@ -39,7 +39,9 @@ std::string attend(const CachedRows& rows, const Given& query, const CacheOption
 
 std::string append_to_kv_cache(Dtype dtype, const CachedRows& rows, const Given& key,
                                const Given& value, int device, void* stream) {
-  if (dtype == Dtype::kFloat64) return append<double>(dtype, rows, key, value, device, stream);
+  if (!is_served(dtype)) return "append_to_kv_cache: no such dtype";
+  FASTLM_FLOAT64(if (dtype == Dtype::kFloat64)
+                     return append<double>(dtype, rows, key, value, device, stream));
   return append<float>(dtype, rows, key, value, device, stream);
 }
 
@@ -54,7 +56,9 @@ std::string attend_to_kv_cache(Dtype dtype, const CachedRows& rows, const Given&
     case Dtype::kFloat16:
       return attend<__half>(rows, query, options, results, plan, device, stream);
     case Dtype::kFloat64:
-      return attend<double>(rows, query, options, results, plan, device, stream);
+      FASTLM_FLOAT64(
+          return attend<double>(rows, query, options, results, plan, device, stream));
+      break;
   }
   return "attend_to_kv_cache: no such dtype";
 }

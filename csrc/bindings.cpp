@@ -285,6 +285,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("host") = false;
 #endif
+  m.attr("float64") = is_served(Dtype::kFloat64);
 
   py::enum_<Dtype>(m, "Dtype", py::module_local())
       .value("float32", Dtype::kFloat32)

@@ -4,6 +4,7 @@
     python csrc/build.py build/csrc --archs 80   # for one architecture
 
 FASTLM_CUDA_ARCHS lists the architectures, ``90a`` or ``100+PTX``, the latter for newer GPUs too.
+FASTLM_CUDA_FLOAT64=1 adds the kernels of float64, for tests of derivatives.
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ def ninja_file(archs: str) -> str:
     sources = sorted(CSRC.glob("*.cu"))
     objects = " ".join(f"{source.stem}.o" for source in sources)
     cxx = os.environ.get("CXX", "c++")
-    cxx_flags = [*CXX_FLAGS, f"-DFASTLM_ARCHS='\"{archs}\"'"]
+    chosen = ["-DFASTLM_WITH_FLOAT64"] if os.environ.get("FASTLM_CUDA_FLOAT64") == "1" else []
+    cxx_flags = [*CXX_FLAGS, *chosen, f"-DFASTLM_ARCHS='\"{archs}\"'"]
     lines = [
         "rule nvcc",
-        f"  command = {_quoted(home / 'bin' / 'nvcc')} {' '.join(NVCC_FLAGS)} "
+        f"  command = {_quoted(home / 'bin' / 'nvcc')} {' '.join([*NVCC_FLAGS, *chosen])} "
         f"{' '.join(gencodes(archs))} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
         "(cat $out.log; exit 1)",
         "  depfile = $out.d",

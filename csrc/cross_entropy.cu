@@ -28,7 +28,9 @@ std::string cross_entropy_forward(Dtype dtype, const LossRows& rows, const LossR
     case Dtype::kFloat32: return forward<float>(rows, results, plan, device, stream);
     case Dtype::kBfloat16: return forward<__nv_bfloat16>(rows, results, plan, device, stream);
     case Dtype::kFloat16: return forward<__half>(rows, results, plan, device, stream);
-    case Dtype::kFloat64: return forward<double>(rows, results, plan, device, stream);
+    case Dtype::kFloat64:
+      FASTLM_FLOAT64(return forward<double>(rows, results, plan, device, stream));
+      break;
   }
   return "cross_entropy_forward: no such dtype";
 }
@@ -43,7 +45,8 @@ std::string cross_entropy_backward(Dtype dtype, const LossRows& rows, const Loss
     case Dtype::kFloat16:
       return backward<__half>(rows, upstream, dlogits, plan, device, stream);
     case Dtype::kFloat64:
-      return backward<double>(rows, upstream, dlogits, plan, device, stream);
+      FASTLM_FLOAT64(return backward<double>(rows, upstream, dlogits, plan, device, stream));
+      break;
   }
   return "cross_entropy_backward: no such dtype";
 }

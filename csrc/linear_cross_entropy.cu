@@ -33,9 +33,10 @@ std::string linear_cross_entropy_loss(Dtype dtype, const ChunkRows& rows,
   const ChunkGradient nowhere{};
   if (dtype == Dtype::kFloat32)
     return run<float, float>(name, rows, results, nothing, nowhere, plan, device, stream);
-  if (dtype == Dtype::kFloat64)
-    return run<double, double>(name, rows, results, nothing, nowhere, plan, device, stream);
-  return "linear_cross_entropy_loss: logits must be float32 or float64";
+  FASTLM_FLOAT64(
+      if (dtype == Dtype::kFloat64) return run<double, double>(
+          name, rows, results, nothing, nowhere, plan, device, stream));
+  return "linear_cross_entropy_loss: no such dtype of logits";
 }
 
 std::string linear_cross_entropy_gradient(Dtype dtype, Dtype narrow, const ChunkRows& rows,
@@ -47,7 +48,7 @@ std::string linear_cross_entropy_gradient(Dtype dtype, Dtype narrow, const Chunk
     return kernels_run("linear_cross_entropy_gradient", rows, results, upstream, gradient, plan,
                        device, stream);
   };
-  if (dtype == Dtype::kFloat64 && narrow == dtype) return as(run<double, double>);
+  FASTLM_FLOAT64(if (dtype == Dtype::kFloat64 && narrow == dtype) return as(run<double, double>));
   if (dtype == Dtype::kFloat32) {
     switch (narrow) {
       case Dtype::kFloat32: return as(run<float, float>);
@@ -65,9 +66,9 @@ std::string linear_cross_entropy_bias(Dtype dtype, const ChunkRows& rows,
                                       void* stream) {
   if (dtype == Dtype::kFloat32)
     return bias<float>(rows, results, upstream, dbias, plan, device, stream);
-  if (dtype == Dtype::kFloat64)
-    return bias<double>(rows, results, upstream, dbias, plan, device, stream);
-  return "linear_cross_entropy_bias: logits must be float32 or float64";
+  FASTLM_FLOAT64(if (dtype == Dtype::kFloat64)
+                     return bias<double>(rows, results, upstream, dbias, plan, device, stream));
+  return "linear_cross_entropy_bias: no such dtype of logits";
 }
 
 }  // namespace fastlm

@@ -199,7 +199,7 @@ int main(int count, char** words) {
   check_all<__nv_bfloat16>(Dtype::kBfloat16, 0.1, small);
   if (!small) {
     check_all<__half>(Dtype::kFloat16, 0.02, small);
-    check_all<double>(Dtype::kFloat64, 1e-6, small);
+    FASTLM_FLOAT64(check_all<double>(Dtype::kFloat64, 1e-6, small));
   }
   return result();
 }

@@ -151,7 +151,7 @@ int main(int count, char** words) {
   check_all<__nv_bfloat16>(Dtype::kBfloat16, 1.0 / 256, small);
   if (!small) {
     check_all<__half>(Dtype::kFloat16, 1.0 / 2048, small);
-    check_all<double>(Dtype::kFloat64, 0, small);
+    FASTLM_FLOAT64(check_all<double>(Dtype::kFloat64, 0, small));
   }
   return result();
 }

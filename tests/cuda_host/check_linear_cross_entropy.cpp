@@ -267,6 +267,6 @@ void check_all(Dtype dtype, bool small) {
 int main(int count, char** words) {
   const bool small = is_small(count, words);
   check_all<float>(Dtype::kFloat32, small);
-  if (!small) check_all<double>(Dtype::kFloat64, small);
+  FASTLM_FLOAT64(if (!small) check_all<double>(Dtype::kFloat64, small));
   return result();
 }

@@ -37,6 +37,7 @@ CACHE = ROOT / "build" / "cuda_host"
 FLAGS = (
     "-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-fno-strict-aliasing",  # 16 bytes are loaded as such, whatever the elements
+    "-DFASTLM_WITH_FLOAT64",
 )  # fmt: skip
 VARIANTS = {
     "plain": ("-O2",),

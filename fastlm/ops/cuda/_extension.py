@@ -51,6 +51,8 @@ def refuses_device(tensor: Tensor, name: str) -> str | None:
         return module
     if module.host:
         return None if tensor.is_cpu else f"this build of {NAME} runs on CPU tensors alone"
+    if tensor.dtype == torch.float64 and not module.float64:
+        return f"{name} is float64, which {NAME} is built with if FASTLM_CUDA_FLOAT64=1"
     if not tensor.is_cuda:
         return f"{name} is on {tensor.device.type}: {NAME} needs a CUDA device"
     arch = device_of(tensor).arch
