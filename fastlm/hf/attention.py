@@ -27,7 +27,8 @@ _STANDARD = {
     "module", "query", "key", "value", "attention_mask", "scaling", "dropout", "kwargs",
     "softcap", "s_aux", "is_causal", "sliding_window", "output_attentions",
 }  # fmt: skip
-_FOREIGN = {"position_bias", "cache", "sinks", "indices", "block_indices"}
+_FOREIGN = ("position_bias", "cache", "sinks", "indices", "block_indices")
+_EAGER = "eager_attention_forward"
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -44,21 +45,6 @@ class Call:
     module: nn.Module
     to: str
     why: str | None
-
-
-@dataclass(frozen=True)
-class _File:
-    """What the file of an attention layer says of attention.
-
-    Attributes:
-        eager: Its own function, if it has one.
-        wants: What that takes beside the usual.
-        has_sdpa: Whether its models may run on torch's attention.
-    """
-
-    eager: Attention | None
-    wants: frozenset[str]
-    has_sdpa: bool
 
 
 # Whoever listens to the calls of this thread: gets each with its arguments and its result.
@@ -114,19 +100,20 @@ def attention_forward(
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    file = _file_of(type(module))
-    why_not = _refusal(query, key, value, attention_mask, dropout, scaling, is_causal, kwargs, file)
+    wants = _wants(type(module))
+    call = (query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    why_not = _refusal(*call, wants)
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     if why_not is None:
         out = _ours(query, key, value, attention_mask, scaling, kwargs)
         result: tuple[Tensor, Tensor | None] = out, None
     else:
-        _, other = _other(file, kwargs)
+        _, other = _other(module, wants, kwargs)
         result = other(module, query, key, value, attention_mask, **options)
     if not torch.compiler.is_compiling() and (listener := _listener.get()) is not None:
-        to, other = _other(file, kwargs)
-        call = Call(module, "causal_attention" if why_not is None else to, why_not)
-        listener(call, result[0], other, (module, query, key, value, attention_mask), options)
+        to, other = _other(module, wants, kwargs)
+        heard = Call(module, "causal_attention" if why_not is None else to, why_not)
+        listener(heard, result[0], other, (module, query, key, value, attention_mask), options)
     return result
 
 
@@ -139,13 +126,14 @@ def _refusal(
     scaling: float | None,
     is_causal: bool,
     kwargs: dict[str, Any],
-    file: _File,
+    wants: str | None,
 ) -> str | None:
     """Why the call is not ours, or None; constant sentences, since a compiler traces this."""
-    for name in kwargs:
-        if kwargs[name] is not None and (name in _FOREIGN or name in file.wants):
+    foreign = [*_FOREIGN, *(wants or "").split(",")]
+    for name in foreign:
+        if kwargs.get(name) is not None:
             return "the model passes something that causal_attention has no argument for"
-    if not file.has_sdpa and "softcap" not in kwargs and "s_aux" not in kwargs:
+    if wants is None and "softcap" not in kwargs and "s_aux" not in kwargs:
         return "the model's file has no attention but its own"
     if kwargs.get("output_attentions"):
         return "the weights are asked for, which are never stored"
@@ -228,37 +216,41 @@ def _ours(
 
 
 @torch.compiler.assume_constant_result
-def _file_of(layer: type) -> _File:
+def _wants(layer: type) -> str | None:
+    """What the function of the layer's file takes beside the usual, comma-separated.
+
+    None where its models may run on no attention but that.
+    """
     return _read(layer)
 
 
 @functools.cache
-def _read(layer: type) -> _File:
-    """Of the file that defines the layer's class, or that which it was derived from."""
-    for base in layer.__mro__:
-        file = sys.modules.get(base.__module__)
-        eager = getattr(file, "eager_attention_forward", None)
-        if eager is not None:
-            models = [
-                x for x in vars(file).values()
-                if isinstance(x, type) and issubclass(x, PreTrainedModel)
-                and x.__module__ == base.__module__
-            ]  # fmt: skip
-            wants = frozenset(inspect.signature(eager).parameters) - _STANDARD
-            return _File(eager, wants, not models or any(x._supports_sdpa for x in models))
-    return _File(None, frozenset(), True)
+def _read(layer: type) -> str | None:
+    names = vars(sys.modules.get(inspect.unwrap(layer.forward).__module__, object))  # type: ignore[attr-defined]
+    models = [
+        x for x in names.values()
+        if isinstance(x, type) and issubclass(x, PreTrainedModel)
+        and x.__module__ == names["__name__"]
+    ]  # fmt: skip
+    if models and not any(x._supports_sdpa for x in models):
+        return None
+    eager = names.get(_EAGER)
+    taken = set(inspect.signature(eager).parameters) if eager else set()
+    return ",".join(sorted(taken - _STANDARD))
 
 
-def _other(file: _File, kwargs: dict[str, Any]) -> tuple[str, Attention]:
+def _other(module: nn.Module, wants: str | None, kwargs: dict[str, Any]) -> tuple[str, Attention]:
     """Who attends where ours does not, by name and as a function."""
     beyond_sdpa = (
         kwargs.get("softcap") is not None
         or kwargs.get("s_aux") is not None
         or kwargs.get("output_attentions")
-        or not file.has_sdpa
+        or wants is None
     )
-    if beyond_sdpa and file.eager is not None:
-        return "eager", functools.partial(_eager, file.eager)
+    # of the file that the forward is in, which has it at hand as its default
+    eager = type(module).forward.__globals__.get(_EAGER)
+    if beyond_sdpa and eager is not None:
+        return "eager", functools.partial(_eager, eager)
     return "sdpa", _sdpa
 
 

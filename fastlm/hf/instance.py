@@ -280,7 +280,7 @@ def _judge_attention(
         doubles = (x.double() for x in (tensor, key, value))
         wide_mask = mask.double() if mask is not None and mask.is_floating_point() else mask
         truth = other(module, *doubles, wide_mask, **wide)[0].double()
-        verdict = agree(result, plain, truth)
+        verdict = agree([result], [plain], [truth])
         if verdict.why is not None:
             return verdict
         worst = max(worst, verdict.error or 0.0)
@@ -293,9 +293,7 @@ def _try_rotations(model: PreTrainedModel | nn.Module) -> Verdict:
 
     def listener(theirs: Callable[..., Any], args: Any, results: tuple[Tensor, Tensor]) -> None:
         plain, truth = theirs(*args), theirs(*(x.double() for x in args))
-        verdicts.extend(
-            agree(*each) for each in zip(results, plain, (x.double() for x in truth), strict=True)
-        )
+        verdicts.append(agree(results, plain, truth))
 
     token = rope_listener.set(listener)
     try:
@@ -375,13 +373,8 @@ def _try_loss(model: PreTrainedModel, state: fused.FusedLoss) -> Verdict:
             loss = model(**tokens, labels=labels, use_cache=False).loss
             if watched is not first:
                 results.append((loss.detach(), *torch.autograd.grad(loss, pinned)))
-    worst = 0.0
-    for want, usual, got in zip(*results, strict=True):
-        verdict = agree(got, usual, want.double())
-        if verdict.why is not None:
-            return verdict
-        worst = max(worst, verdict.error or 0.0)
-    return Verdict(error=worst)
+    want, usual, got = results
+    return agree(got, usual, want)
 
 
 def _tokens(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -263,9 +263,11 @@ def _rotate(layer: type, interleaved: bool) -> None:
     if layer not in _rotated:
         forward = cast(FunctionType, layer.forward)  # type: ignore[attr-defined]
         ours = Rotation(forward.__globals__[_ROPE], interleaved)
+        # under no name: a compiler would look the others up in the module of that name
+        names = {k: v for k, v in forward.__globals__.items() if k != "__name__"}
         rotated = FunctionType(
-            forward.__code__, {**forward.__globals__, _ROPE: ours}, forward.__name__,
-            forward.__defaults__, forward.__closure__,
+            forward.__code__, {**names, _ROPE: ours}, forward.__name__, forward.__defaults__,
+            forward.__closure__,
         )  # fmt: skip
         rotated.__kwdefaults__ = forward.__kwdefaults__
         _rotated[layer] = rotated

@@ -50,10 +50,10 @@ class Epilogue:
     kind: str
 
     def of(self, model: nn.Module) -> Any:
-        return getattr(model, self.holder) if self.holder else model
+        return getattr(model, self.holder, None) if self.holder else model
 
     def value(self, model: nn.Module) -> float | None:
-        value = getattr(self.of(model), self.name, None)
+        value = getattr(self.of(model), "__dict__", {}).get(self.name)  # a property stays as it is
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return cast(float, value) if is_number else None
 
@@ -145,7 +145,7 @@ class FusedLoss:
         if self.value is None:
             original = ForCausalLMLoss if self.original is None else self.original
             return original(logits, labels, vocab_size, *args, **kwargs)
-        if logits is not self.value:
+        if logits is not self.value and not self._is_traced_value(logits):
             raise RuntimeError(
                 "fastlm.optimize: the model changes its logits before the loss, which the fused "
                 "loss does not have; fastlm.restore(model) gives its own back"
@@ -155,6 +155,11 @@ class FusedLoss:
                 "fastlm.optimize: the fused loss ignores -100 alone; fastlm.restore(model)"
             )
         return self.value
+
+    def _is_traced_value(self, logits: Any) -> bool:
+        """Whether a compiler may see the loss times one, having no objects that stand for one."""
+        has_factor = any(epilogue.kind != "softcap" for epilogue in self.epilogues)
+        return torch.compiler.is_compiling() and has_factor and logits.dim() == 0
 
     def run(self, input: Tensor) -> Tensor:
         """The loss of the head's logits, of a pass in which it is asked for."""
@@ -221,9 +226,12 @@ class FusedLoss:
         for epilogue in self.epilogues:
             holder = epilogue.of(model)
             self.held.append((holder, epilogue.name, getattr(holder, epilogue.name)))
-            neutral = None
+            neutral: Any = None
             if epilogue.kind != "softcap":
-                neutral = Factor(getattr(holder, epilogue.name), epilogue.kind == "divide", self)
+                value = getattr(holder, epilogue.name)
+                neutral = Factor(value, epilogue.kind == "divide", self)
+                if torch.compiler.is_compiling():
+                    neutral = 1.0
             object.__setattr__(holder, epilogue.name, neutral)  # configs check types
 
     def end(self, model: nn.Module) -> bool:

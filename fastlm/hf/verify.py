@@ -18,6 +18,10 @@ SURPRISES = (
 )  # fmt: skip
 
 
+# Where plain torch is further off than this share of the largest value, the value is rounding.
+_MEANING = 1e-3
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a comparison found.
@@ -45,23 +49,37 @@ def judge(
             actual = _with_gradients(ours, tensors, torch.float32)
         except SURPRISES as error:
             return Verdict(f"it cannot be tried: {first_line(error)}")
-        for got, usual, want in zip(actual, plain, truth, strict=True):
-            verdict = agree(got, usual, want)
-            if verdict.why is not None:
-                return verdict
-            worst = max(worst, verdict.error or 0.0)
+        verdict = agree(actual, plain, truth)
+        if verdict.why is not None:
+            return verdict
+        worst = max(worst, verdict.error or 0.0)
     return Verdict(error=worst)
 
 
-def agree(actual: Tensor, plain: Tensor, truth: Tensor) -> Verdict:
-    """Judge one result by the tolerance rule."""
-    mismatch = compare(actual, plain, truth)
+def agree(actual: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> Verdict:
+    """Judge results by the tolerance rule: all together, each in units of its largest value.
+
+    One number alone, a loss for example, has no root mean square to speak of.  What is zero but for
+    rounding, like the gradient of the biases of keys, has the unit of the largest result.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor, bool]] = []
+    for results in zip(actual, plain, truth, strict=True):
+        if results[0].shape != results[2].shape:
+            return Verdict(f"shape {tuple(results[0].shape)}, not {tuple(results[2].shape)}")
+        got, usual, want = (x.detach().double().flatten() for x in results)
+        unit = want.abs().nan_to_num().max() if want.numel() else torch.zeros(())
+        is_rounding = not bool((usual - want).abs().nan_to_num().le(_MEANING * unit).all())
+        parts.append((got, usual, want, unit, is_rounding))
+    largest = max((float(part[3]) for part in parts), default=0.0) or 1.0
+    together = [
+        [x / (largest if is_rounding or not unit else unit) for x in results]
+        for *results, unit, is_rounding in parts
+    ]
+    got, usual, want = (torch.cat(each) for each in zip(*together, strict=True))
+    mismatch = compare(got.to(torch.promote_types(actual[0].dtype, torch.float32)), usual, want)
     if mismatch is not None:
         return Verdict(f"results differ: {mismatch}")
-    largest = truth.abs().max() if truth.numel() else torch.zeros(())
-    if not bool(largest > 0) or not bool(largest.isfinite()):
-        return Verdict(error=0.0)
-    return Verdict(error=float((actual.double() - truth).abs().max() / largest))
+    return Verdict(error=float((got - want).abs().nan_to_num().max()) if got.numel() else 0.0)
 
 
 def first_line(error: BaseException) -> str:

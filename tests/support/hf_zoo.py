@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import warnings
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from support.hf_configs import ALSO, SMALL, VOCABULARY
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCABULARY = 131
+import fastlm
+from fastlm.hf import Report
+from fastlm.hf.verify import agree
+
 LENGTH = 12
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-# Attribute of a config -> a small value, where the config has such an attribute.
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32,
-    "embed_dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32, "emb_dim": 32,
-    "intermediate_size": 48, "ffn_dim": 48, "d_ff": 48, "n_inner": 48, "ffn_hidden_size": 48,
-    "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "dim_ff": 48, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "d_inner": 48, "expert_ffn_hidden_size": 16,
-    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2,
-    "encoder_layers": 1, "num_decoder_layers": 2, "num_encoder_layers": 1, "num_blocks": 2,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
-    "decoder_attention_heads": 4, "encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
-    "num_encoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
-    "max_target_positions": 64, "max_source_positions": 64, "context_length": 64,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_num_experts": 4, "moe_topk": 2,
-    "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "sliding_window": 7,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "type_vocab_size": 2,
-}  # fmt: skip
-
-# What a type needs beside that.
-ALSO: dict[str, dict[str, Any]] = {}
-
-# Types that no small config builds, or whose models take more than token ids: with the reason.
-NOT_BUILT: dict[str, str] = {}
 
 
 def small_config(model_type: str) -> Any:
@@ -52,10 +34,11 @@ def small_config(model_type: str) -> Any:
     """
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
-    changes = {name: value for name, value in SMALL.items() if hasattr(default, name)}
-    also = ALSO.get(model_type, {})
-    changes.update(also)
-    return config_class(**{k: v for k, v in changes.items() if v is not ...})
+    there = {*vars(default), *default.attribute_map}
+    changes = {name: value for name, value in SMALL.items() if name in there}
+    changes |= {name: 0.0 for name in there if "drop" in name or "jitter" in name}
+    changes |= ALSO.get(model_type, {})
+    return config_class(**{name: value for name, value in changes.items() if value is not ...})
 
 
 def build(model_type: str) -> nn.Module:
@@ -64,7 +47,10 @@ def build(model_type: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = small_config(model_type)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        # torch's product of groups of rows has no float64, which the truth is in
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, experts_implementation="eager"
+        )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.is_floating_point():
@@ -96,3 +82,87 @@ def loss_and_gradients(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
 
 def in_double(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
+
+
+class OpLog(TorchDispatchMode):
+    """The operators of fastlm that ran, forward and backward, and how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "fastlm":
+            self.ran[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Result:
+    """What became of one type.
+
+    Attributes:
+        report: What optimize says.
+        ran: What the log of operators says.
+        wrong: The first result that breaks the tolerance rule, or None.
+        restored: Whether the model gave the same bits again afterwards.
+    """
+
+    report: Report
+    ran: dict[str, int]
+    wrong: str | None
+    restored: bool
+
+    @property
+    def is_accelerated(self) -> bool:
+        """In attention or loss, forward and backward."""
+        attends = self.ran.get("causal_attention_forward", 0)
+        return bool(
+            (attends and self.ran.get("causal_attention_backward"))
+            or self.ran.get("linear_cross_entropy_gradients")
+        )
+
+
+def examine(model_type: str) -> Result:
+    """Compare a model's loss and gradients before and after, in training mode."""
+    model, inputs = build(model_type).train(), batch()
+    truth = loss_and_gradients(in_double(model), **inputs)
+    plain = loss_and_gradients(model, **inputs)
+    # and with parameters that rounding may have made of the same: it loses the larger of two
+    other = loss_and_gradients(rounded_otherwise(model), **inputs)
+    usual = {n: truth[n] + furthest(plain[n], other[n], truth[n]) for n in plain}
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = fastlm.optimize(model)
+    with OpLog() as log:
+        actual = loss_and_gradients(model, **inputs)
+    fastlm.restore(model)
+    again = loss_and_gradients(model, **inputs)
+    same = again.keys() == plain.keys() and all(torch.equal(again[n], plain[n]) for n in plain)
+    return Result(report, dict(log.ran), first_wrong(actual, usual, truth), same)
+
+
+def rounded_otherwise(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            sign = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
+            parameter.mul_(1 + 2.0**-24 * sign.double())
+    return other
+
+
+def furthest(first: Tensor, second: Tensor, truth: Tensor) -> Tensor:
+    errors = first - truth, second - truth
+    return torch.where(errors[0].abs() > errors[1].abs(), *errors)
+
+
+def first_wrong(
+    actual: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
+) -> str | None:
+    """How a model's loss and gradients break the tolerance rule, all together; or None."""
+    if actual.keys() != truth.keys():
+        return f"gradients of other parameters: {sorted(actual.keys() ^ truth.keys())[:3]}"
+    return agree(*([x[name] for name in truth] for x in (actual, plain, truth))).why
