@@ -136,5 +136,6 @@ NOT_BUILT: dict[str, str] = {
 _OWN = "attention is written into its layers, and its loss takes the logits themselves"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("cpmant", "mvp", "trocr", "xlm", "xlnet"), _OWN),
+    "inkling_text": "a bias of positions in attention, and logits that are cut to the vocabulary",
     "bigbird_pegasus": "block-sparse attention of its own, and a loss that takes the logits",
 }
