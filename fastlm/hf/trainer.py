@@ -53,9 +53,13 @@ class TrainerCallback(_Base):
         told = self._statistics
         if logs is None or "loss" not in logs or told is None or not float(told.num_items):
             return
-        logs["token_accuracy"] = told.accuracy
-        logs["entropy"] = told.entropy
-        logs["perplexity"] = told.perplexity
+        known = {
+            "token_accuracy": told.accuracy, "entropy": told.entropy,
+            "perplexity": told.perplexity,
+        }  # fmt: skip
+        logs.update(known)
+        if state.log_history:  # which has a copy of them
+            state.log_history[-1].update(known)
         told.num_items = told.correct = told.nats = told.entropies = 0.0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
