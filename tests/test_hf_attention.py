@@ -102,6 +102,20 @@ def test_what_ours_cannot_say_goes_elsewhere_and_is_explained(model_type, to):
     assert f"model.layers.0.self_attn: {to}, {HIDDEN}" in str(routes)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@torch.no_grad()
+def test_boundaries_that_collators_pass_hide_other_documents(model_type):
+    """transformers reads them from positions; with a cache, only flash attention reads them."""
+    theirs, ours = pair(model_type)
+    inputs = packed(1)
+    bounds = torch.tensor([0, 4, 12], dtype=torch.int32)
+    told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 8, "max_length_k": 8}
+    want = theirs(**inputs, use_cache=False).logits
+    for use_cache in (False, True):
+        got = ours(**inputs, **told, use_cache=use_cache).logits
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_weights_and_masks_of_ones_own_are_served_too():
     theirs, ours = pair("llama")

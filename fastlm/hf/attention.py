@@ -123,7 +123,7 @@ def _refusal(
     value: Tensor,
     mask: Tensor | None,
     dropout: float,
-    scaling: float | None,
+    scaling: object,
     is_causal: bool,
     kwargs: dict[str, Any],
     wants: str | None,
@@ -144,8 +144,6 @@ def _refusal(
     if mask is None:
         if not is_causal and query.shape[2] > 1:
             return "it is not causal"
-        if kwargs.get("cu_seq_lens_q") is not None and query.shape[2] != key.shape[2]:
-            return "documents are packed beside a cache"
         if query.shape[2] > key.shape[2]:
             return "there are more queries than keys"
     else:
@@ -156,9 +154,18 @@ def _refusal(
             return "the mask is made for other sizes"
         if mask.shape[2] != query.shape[2]:
             return "the mask is made for other sizes"
+        if visible.key_start is not None and _bounds(query, kwargs) is not None:
+            return "rows have both documents and padding"
+    if _bounds(query, kwargs) is not None and query.shape[2] != key.shape[2]:
+        return "documents are packed beside a cache"
     if not _fits(query, key, value):
         return "sizes, dtypes or devices are none that causal_attention takes"
     return None
+
+
+def _bounds(query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """Of the documents that the model was told of, beside what its mask says."""
+    return kwargs.get("cu_seq_lens_q") if query.shape[2] > 1 else None
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -194,14 +201,13 @@ def _ours(
         "scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux"),
     }  # fmt: skip
     visible = visible_of(mask)
-    used = key.shape[1]
-    bounds = None
+    used, bounds = key.shape[1], kwargs.get("cu_seq_lens_q") if num_queries > 1 else None
     if visible is None:
         if num_queries > 1:  # the beginnings are aligned: the rest of the cache is empty
             used = num_queries
-            bounds = kwargs.get("cu_seq_lens_q")
     else:
-        used, bounds = visible.used_keys, visible.cu_seqlens
+        used = visible.used_keys
+        bounds = bounds if visible.cu_seqlens is None else visible.cu_seqlens
         options["window_size"] = visible.window_size
         if visible.key_start is not None and visible.key_end is not None:
             options["key_start"] = visible.key_start.expand(batch)
@@ -226,8 +232,9 @@ def _wants(layer: type) -> str | None:
 
 @functools.cache
 def _read(layer: type) -> str | None:
-    names = vars(sys.modules.get(inspect.unwrap(layer.forward).__module__, object))  # type: ignore[attr-defined]
-    models = [
+    forward: Any = inspect.unwrap(layer.forward)  # type: ignore[attr-defined]
+    names = vars(sys.modules.get(forward.__module__, object))
+    models: list[Any] = [
         x for x in names.values()
         if isinstance(x, type) and issubclass(x, PreTrainedModel)
         and x.__module__ == names["__name__"]

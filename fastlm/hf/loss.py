@@ -206,7 +206,7 @@ class FusedLoss:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.end(model)
-        labels = kwargs.get("labels")
+        labels: Any = kwargs.get("labels")
         if labels is None and len(args) > self.labels_at >= 0:
             labels = args[self.labels_at]
         if labels is None or not (model.training or self.always):
@@ -219,7 +219,7 @@ class FusedLoss:
         # an adapter may have been put around the head since
         if not keeps_all or as_tuple or model.get_output_embeddings() is not self.head:  # type: ignore[operator]
             return
-        shifted = kwargs.get("shift_labels")
+        shifted: Any = kwargs.get("shift_labels")
         is_shifted = shifted is not None
         num_items = kwargs.get("num_items_in_batch")
         self.pending = (shifted if is_shifted else labels, is_shifted, num_items)
@@ -326,7 +326,7 @@ def detach(model: nn.Module) -> None:
     del loss.head.__dict__["forward"]
     del model.__dict__["_loss_function"]
     if loss.original is not None:
-        model.loss_function = loss.original  # type: ignore[assignment]
+        model.loss_function = loss.original
     for hooks, hook, extra in (
         (model._forward_pre_hooks, before, [model._forward_pre_hooks_with_kwargs]),
         (
