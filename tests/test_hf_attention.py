@@ -173,8 +173,18 @@ def test_a_prompt_in_parts_gives_the_logits_of_the_whole(implementation):
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("side", ["left", "right", "both", "none"])
-@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (1, 9), (4, 9), (3, 12)])
-def test_the_numbers_of_a_mask_are_its_values(window, side, queries, keys):
+@pytest.mark.parametrize(
+    ("queries", "keys", "offset"),
+    [
+        (9, 9, 0),
+        (1, 9, 8),
+        (4, 9, 5),
+        (3, 12, 6),
+        (1, 12, torch.tensor(8)),
+        (9, 12, torch.tensor(0)),
+    ],
+)
+def test_the_numbers_of_a_mask_are_its_values(window, side, queries, keys, offset):
     """Whatever a mask's numbers say, its dense form, which transformers makes, says the same."""
     function = causal_mask_function
     if window is not None:
@@ -183,7 +193,7 @@ def test_the_numbers_of_a_mask_are_its_values(window, side, queries, keys):
     padding[1, :2] = side not in ("left", "both")
     padding[2, -3:] = side not in ("right", "both")
     call = {
-        "batch_size": 3, "q_length": queries, "kv_length": keys, "q_offset": 9 - queries,
+        "batch_size": 3, "q_length": queries, "kv_length": keys, "q_offset": offset,
         "mask_function": function, "attention_mask": None if side == "none" else padding,
     }  # fmt: skip
     dense = sdpa_mask(**call, allow_is_causal_skip=False)

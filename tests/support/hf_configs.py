@@ -24,7 +24,8 @@ SMALL: dict[str, Any] = {
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_num_experts": 4, "moe_topk": 2,
     "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "sliding_window": 7,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "type_vocab_size": 2,
+    "logits_scaling": 4.0, "lm_head_multiplier": 0.5, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "type_vocab_size": 2,
 }  # fmt: skip
 
 # What a type needs beside that.
