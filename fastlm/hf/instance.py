@@ -187,7 +187,7 @@ def _standing_still(model: nn.Module) -> Iterator[None]:
         module.training = False
     devices = [x for x in {p.device for p in model.parameters()} if x.type == "cuda"]
     try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         for module in was_training:
