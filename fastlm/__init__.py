@@ -31,13 +31,17 @@ _HOMES = {
     "explain": "fastlm.functional",
     "functional": "",
     "glu": "fastlm.functional",
+    "hf": "",
     "linear_cross_entropy": "fastlm.functional",
     "linear_logprobs": "fastlm.functional",
     "linear_top_k": "fastlm.functional",
     "load": "fastlm.inference.language_model",
     "nn": "",
+    "optimize": "fastlm.hf",
+    "optimized": "fastlm.hf",
     "perplexity": "fastlm.inference.perplexity",
     "quantize": "fastlm.model.quantize",
+    "restore": "fastlm.hf",
     "rms_norm": "fastlm.functional",
     "scaled_dot_product_attention": "fastlm.functional",
     "swiglu": "fastlm.functional",
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
         scaled_dot_product_attention,
         swiglu,
     )
+    from fastlm.hf import optimize, optimized, restore
     from fastlm.inference.language_model import LanguageModel, load
     from fastlm.inference.perplexity import perplexity
     from fastlm.model.checkpoint import ModelFileError
@@ -101,8 +106,11 @@ __all__ = [
     "linear_logprobs",
     "linear_top_k",
     "load",
+    "optimize",
+    "optimized",
     "perplexity",
     "quantize",
+    "restore",
     "rms_norm",
     "scaled_dot_product_attention",
     "swiglu",
