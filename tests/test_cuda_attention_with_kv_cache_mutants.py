@@ -96,7 +96,7 @@ def check() -> None:
         judge(call((90,), 2, head_dim=8), "cuda", num_splits=1)
         judge(call((37, 20), 2, 4, 2, value_dim=32, page_size=7, int8=True), "cuda")
         judge(call((37, 5, 50), 20, 4, 1, head_dim=4).with_counts((4, 20, 16)), "cuda")
-        judge(call((37, 5, 3), 40, 2, 1, head_dim=4).with_counts((3, 2, 40)), "cuda")
+        judge(call((37, 50, 3), 20, 16, 1, head_dim=4).with_counts((1, 2, 20)), "cuda")
         one = call((0,), 1, head_dim=8, int8=True)
         key = one.options["key"].index_fill(3, torch.tensor([3]), torch.inf)
         infinite = dataclasses.replace(one, options=one.options | {"key": key})
