@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant("the entropy's gradient has the wrong sign", LOSSES,
            "dx -= p * (p == 0 ? 0", "dx += p * (p == 0 ? 0"),
     Mutant("parts of lse are added before they are used", KERNEL,
-           "x - maximum - log_sum, first", "x - (maximum + log_sum), first"),
+           "x - maximum - log_sum, v", "x - (maximum + log_sum), v"),
 ]  # fmt: skip
 # what only a sanitizer sees: on this processor the addresses are as good as others
 UNSEEN = Mutant("any address is read whole", VECTORS,
