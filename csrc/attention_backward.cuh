@@ -339,12 +339,12 @@ __device__ inline Acc<T> dout_out(const AttentionInputs& in, const AttentionUpst
   const HeadRows<T> dout(upstream.dout, upstream.dout_strides, row, head, token, in.value_dim);
   const T* const mine = static_cast<const T*>(out) +
                         ((row * in.num_queries + token) * in.heads + head) * in.value_dim;
-  const bool moves_out = moves_whole(mine, 1);
+  const bool moves_out = moves_whole(mine);
   Acc<T> sum = 0;
   for (int first = lane_of_warp() * kGroup<T>; first < in.value_dim;
        first += kWarpSize * kGroup<T>) {
-    const Group<T> a = load_group(dout.data, 1, first, in.value_dim, moves_whole(dout.data, 1));
-    const Group<T> b = load_group(mine, 1, first, in.value_dim, moves_out);
+    const Group<T> a = load_group_if_whole(dout.data, first, in.value_dim, moves_whole(dout.data));
+    const Group<T> b = load_group_if_whole(mine, first, in.value_dim, moves_out);
 #pragma unroll
     for (int i = 0; i < kGroup<T>; ++i) sum += widened(a.items[i]) * widened(b.items[i]);
   }

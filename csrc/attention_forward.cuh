@@ -32,7 +32,7 @@ struct HeadRows {
         stride(strides.token),
         columns(all_columns) {
     // of one row no stride is used, but none may be odd either: the layout changes no bit
-    whole = moves_whole(data, 1) && stride % kGroup<T> == 0 && columns % kGroup<T> == 0;
+    whole = moves_whole(data) && stride % kGroup<T> == 0 && columns % kGroup<T> == 0;
   }
 
   // Some neighbouring columns, from a multiple of a group on.

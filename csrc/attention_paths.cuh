@@ -22,7 +22,7 @@ inline bool is_narrow(Dtype dtype) {
 // These call `run` with the path of a step.  Sums of more columns than a path has are divided among
 // blocks.
 template <typename Run>
-auto on_scalars(Dtype dtype, Run run) {
+auto on_scalars([[maybe_unused]] Dtype dtype, Run run) {
   FASTLM_FLOAT64(if (dtype == Dtype::kFloat64) return run(Path<ScalarTiles<double, 2>, 32>()));
   return run(Path<ScalarTiles<float, 4>, 32>());
 }

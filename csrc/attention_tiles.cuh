@@ -137,7 +137,7 @@ struct TensorTiles {
         *reinterpret_cast<unsigned*>(kept + row(i) * kept_stride + column(j)) = bits;
       }
     __syncwarp();
-    const bool whole = moves_whole(to, 1) && row_stride % kGroup<uint16_t> == 0;
+    const bool whole = moves_whole(to) && row_stride % kGroup<uint16_t> == 0;
     constexpr int kGroups = kWidth / kGroup<uint16_t>;
     for (int at = lane_of_warp(); at < kWarpRows * kGroups; at += kWarpSize) {
       const int row = at / kGroups, column = at % kGroups * kGroup<uint16_t>;
@@ -145,7 +145,7 @@ struct TensorTiles {
       Group<uint16_t> group;
       const uint4 bits = *reinterpret_cast<const uint4*>(kept + row * kept_stride + column);
       memcpy(&group, &bits, sizeof bits);
-      store_group(to + row * row_stride, column, columns, whole, group);
+      store_group_if_whole(to + row * row_stride, column, columns, whole, group);
     }
   }
 

@@ -211,7 +211,7 @@ __device__ inline void load_accumulators(const A* from, A (&numbers)[kCount]) {
   constexpr int kAtOnce = kGroup<A> < kCount ? kGroup<A> : kCount;
 #pragma unroll
   for (int first = 0; first < kCount; first += kAtOnce) {
-    const Group<A> group = load_group(from, 1, first, first + kGroup<A>, true);
+    const Group<A> group = load_group_if_whole(from, first, first + kGroup<A>, true);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) numbers[first + i] = group.items[i];
   }

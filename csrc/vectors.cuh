@@ -115,4 +115,40 @@ __device__ inline void store_group(T* row, int64_t first, int64_t size, const Gr
     if (first + i >= 0 && first + i < size) row[first + i] = group.items[i];
 }
 
+// Whether groups that begin at multiples of kGroup from `row`, without gaps, can be moved at once.
+__device__ inline bool moves_whole(const void* row) {
+  return reinterpret_cast<uintptr_t>(row) % 16 == 0;
+}
+
+// Both for rows without gaps of which that is known, with `first` at a multiple of kGroup: registers
+// that the questions above take are for the sums of attention.
+template <typename T>
+__device__ inline Group<T> load_group_if_whole(const T* row, int64_t first, int64_t size,
+                                               bool whole) {
+  Group<T> group;
+  if (whole && first + kGroup<T> <= size) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(row + first);
+    memcpy(&group, &bits, sizeof bits);
+    return group;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup<T>; ++i)
+    group.items[i] = first + i < size ? row[first + i] : narrowed<T>(0);
+  return group;
+}
+
+template <typename T>
+__device__ inline void store_group_if_whole(T* row, int64_t first, int64_t size, bool whole,
+                                            const Group<T>& group) {
+  if (whole && first + kGroup<T> <= size) {
+    uint4 bits;
+    memcpy(&bits, &group, sizeof bits);
+    *reinterpret_cast<uint4*>(row + first) = bits;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup<T>; ++i)
+    if (first + i < size) row[first + i] = group.items[i];
+}
+
 }  // namespace fastlm
