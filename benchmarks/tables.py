@@ -130,7 +130,7 @@ def _milliseconds(rows: list[Row]) -> Iterator[str]:
         yield f"Not measured: {'; '.join(missing)}."
 
 
-def _comparison(case: Case) -> tuple[str, str, str]:
+def _comparison(case: Case) -> tuple[str, ...]:
     fastlm, other = case.rows.get("fastlm"), case.fastest_other()
     if fastlm is None or other is None:
         return "", "", ""

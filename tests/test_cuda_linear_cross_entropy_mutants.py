@@ -23,11 +23,9 @@ from support.ranks import Ranks
 pytestmark = interpreted_only
 
 KERNEL = "csrc/linear_cross_entropy.cuh"
-QUICK = Mutant(
-    "the logits are read as float32 of the gradient's size", KERNEL,
-    "row.logits, 1, first + part, size", "row.logits, 1, first, size",
-)  # fmt: skip
 MUTANTS = [
+    Mutant("the logits are read as float32 of the gradient's size", KERNEL,
+           "row.logits, 1, first + part, size", "row.logits, 1, first, size"),
     Mutant("offsets of rows have 32 bits", KERNEL,
            "(rows.logits) + row * rows.vocab_size",
            "(rows.logits) + static_cast<int>(row * rows.vocab_size)"),
@@ -174,10 +172,6 @@ def test_the_checks_pass_without_a_bug(check):
             check()
 
     in_child(passes)
-
-
-def test_a_bug_is_found():
-    assert killed(QUICK, check)
 
 
 @pytest.mark.slow

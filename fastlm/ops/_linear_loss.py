@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlm.ops._autograd import once_differentiable, tie
 from fastlm.ops._define import define_op
 from fastlm.ops._linear import cast_to
-from fastlm.ops.cross_entropy import over
+from fastlm.ops.cross_entropy import over, summed
 
 _OP = "linear_cross_entropy"
 BACKENDS = {
@@ -79,10 +79,10 @@ class Reduced(torch.autograd.Function):
         ctx.shard = (group, num_classes)
         ctx.dtypes = [None if x is None else x.dtype for x in params]
         ctx.set_materialize_grads(False)
-        total = over(losses.sum(), divisor)
+        total = over(summed(losses), divisor)
         squares_divisor = divisor if squares_divisor is None else squares_divisor
         if z_loss != 0.0:
-            total = total + z_loss * over(lse.square().sum(), squares_divisor)
+            total = total + z_loss * over(summed(lse.square()), squares_divisor)
         if not need_stats:
             # a compiler would hand gradients of zeros to what nobody asked for
             return total, None, None, None, None, tied

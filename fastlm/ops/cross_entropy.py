@@ -272,8 +272,14 @@ class LossSums:
         if reduction == "none":
             return losses if squares is None else losses + squares
         divisor, squares_divisor = self.divisors(reduction)
-        total = over(losses.sum(), divisor)
-        return total if squares is None else total + over(squares.sum(), squares_divisor)
+        total = over(summed(losses), divisor)
+        return total if squares is None else total + over(summed(squares), squares_divisor)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of all elements, in float64 and rounded once: in float32 that of a batch is wrong by
+    more than its losses are."""
+    return x.sum(dtype=torch.float64).to(x.dtype)
 
 
 def over(x: Tensor, divisor: Tensor | None) -> Tensor:
