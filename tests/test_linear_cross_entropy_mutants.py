@@ -17,7 +17,7 @@ MUTANTS = [
     Mutant("num_items does not divide the gradients", GRADIENTS,
            "scale = over(dloss, divisor)", "scale = dloss"),
     Mutant("num_items does not divide the loss", GRADIENTS,
-           "total = over(losses.sum(), divisor)", "total = losses.sum()"),
+           "total = over(summed(losses), divisor)", "total = losses.sum()"),
     Mutant("targets are shifted the other way", LAYER,
            "F.pad(target[..., shift:], (0, shift), value=ignore_index)",
            "F.pad(target[..., : steps - shift], (shift, 0), value=ignore_index)"),
