@@ -174,7 +174,13 @@ PLANTED = [
     ),
     ("acc is not rescaled", FORWARD, "acc = acc * rescale[:, None]", "acc = acc", accurate),
     ("the sum is not rescaled", FORWARD, "row_sum * rescale +", "row_sum +", accurate),
-    ("the old maximum is kept", FORWARD, "row_max = new_max", "row_max = row_max", accurate),
+    (
+        "the old maximum is kept",
+        TILES,
+        "tl.exp2(row_max - pivot), new_max",
+        "tl.exp2(row_max - pivot), row_max",
+        accurate,
+    ),
     (
         "heads map to groups by remainder",
         FORWARD,
@@ -182,7 +188,7 @@ PLANTED = [
         "heads % group_size\n",
         accurate,
     ),
-    ("the sign of the scale is lost", FORWARD, "scale < 0, -1.0", "scale < 0, 1.0", accurate),
+    ("the sign of the scale is lost", TILES, "scale < 0, -1.0", "scale < 0, 1.0", accurate),
     (
         "a row without keys divides by 0",
         FORWARD,
@@ -239,7 +245,7 @@ PLANTED = [
     ),
     (
         "a score of +inf makes the lse NaN",
-        FORWARD,
+        TILES,
         'tl.abs(new_max) == float("inf")',
         'new_max == float("-inf")',
         unspoiled,
@@ -271,11 +277,16 @@ QUICK = {
 
 @interpreted_only
 @pytest.mark.parametrize(
-    ("name", "file", "old", "new", "check"),
+    ("mutant", "check"),
     [
-        pytest.param(*planted, id=planted[0], marks=[] if planted[0] in QUICK else pytest.mark.slow)
-        for planted in PLANTED
+        pytest.param(
+            Mutant(*planted),
+            check,
+            id=planted[0],
+            marks=[] if planted[0] in QUICK else pytest.mark.slow,
+        )
+        for *planted, check in PLANTED
     ],
 )
-def test_a_planted_bug_is_found(name, file, old, new, check):
-    assert killed(Mutant(name, file, old, new), check)
+def test_a_planted_bug_is_found(mutant, check):
+    assert killed(mutant, check)

@@ -454,9 +454,9 @@ def test_a_mutant_that_changes_nothing_survives():
 @interpreted_only
 def test_a_mutant_must_be_planted_exactly_once_and_import():
     with pytest.raises(ValueError, match="is 0 times in"):
-        killed(Mutant("absent", KERNEL, "no such text", "x"), smoke_check)
+        Mutant("absent", KERNEL, "no such text", "x")
     with pytest.raises(ValueError, match=r"is ([2-9]|\d\d) times in"):
-        killed(Mutant("twice", KERNEL, "tl.load", "tl.store"), smoke_check)
+        Mutant("twice", KERNEL, "tl.load", "tl.store")
     with pytest.raises(AssertionError, match="could not be planted"):
         killed(Mutant("syntax", KERNEL, '"""Cross-entropy kernels.', "def ("), smoke_check)
 

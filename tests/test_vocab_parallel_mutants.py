@@ -28,7 +28,7 @@ REFERENCE = "fastlm/ops/reference/_shards.py"
 
 SHARED = [
     Mutant("totals are added without their maxima", SHARDS,
-           "shares = (maxima - pivot).exp()", "shares = torch.ones_like(maxima)"),
+           "shares = (maxima - _finite(maximum)).exp()", "shares = torch.ones_like(maxima)"),
     Mutant("each rank takes itself for the owner of its own row", SHARDS,
            "owner = classes.div(shard.largest", "owner = classes.mul(0).div(shard.largest"),
     Mutant("classes are smoothed relative to the wrong maximum", SHARDS,
