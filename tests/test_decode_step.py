@@ -336,6 +336,26 @@ def test_graphs_are_kept_for_generations_of_the_same_shape(as_on_a_gpu):
     assert captures_of(model, [[2] * 270], 3, kv_cache="int8") == 0
 
 
+class Switched(torch.nn.Linear):
+    """As of an adapter, which may be off."""
+
+    is_on = True
+
+    def forward(self, x):
+        return super().forward(x) * (2.0 if self.is_on else 1.0)
+
+
+def test_layers_with_switches_are_captured_each_time(as_on_a_gpu):
+    model = as_on_a_gpu(tiny_model())
+    layer = model.model.layers[0].mlp
+    switched = Switched(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    switched.weight = layer.up_proj.weight
+    layer.up_proj = switched
+    assert captures_of(model, [[1, 2]], 5) == 1
+    switched.is_on = False
+    assert captures_of(model, [[1, 2]], 5) == 1
+
+
 def test_graphs_follow_weights_that_change_in_place_alone(as_on_a_gpu):
     model = as_on_a_gpu(tiny_model())
     assert captures_of(model, [[1, 2]], 5) == 1

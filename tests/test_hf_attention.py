@@ -272,3 +272,16 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_what_is_written_into_a_mask_is_not_dropped(length):
+    seen = torch.ones(1, 4)
+    seen[0, 0] = 0
+    call = dict(batch_size=1, q_length=length, kv_length=4, q_offset=4 - length)
+    mask = masks.attention_mask(**call, attention_mask=seen, allow_is_causal_skip=False)
+    assert masks.visible_of(mask) is not None
+    assert not mask[0, 0, -1, 0]  # read alone it stays what it is
+    assert masks.visible_of(mask) is not None
+    mask[:, :, :, 1] = False
+    assert masks.visible_of(mask) is None

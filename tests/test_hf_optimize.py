@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlm
 import fastlm.hf
+from fastlm.hf import layers
 from fastlm.hf import loss as fused
 from fastlm.hf.verify import agree
 
@@ -282,6 +283,101 @@ def test_with_adapters(targets, first):
         assert report.replaced["loss"] == ("lm_head" not in targets)
         assert report.replaced["attention"] == 2
     assert_same_training(ours, theirs, **hf_zoo.batch())
+
+
+def test_outputs_have_no_logits_by_any_name(llama):
+    out = llama[1](**hf_zoo.batch())
+    assert "logits" not in out and len(out.to_tuple()) == len(out.keys())
+    assert all(x is not out.loss for x in out.to_tuple()[1:])
+
+
+def test_of_what_a_model_holds_nothing_is_changed_between_its_passes_or_by_an_interruption():
+    _, ours = both("gemma2")
+    head = ours.get_output_embeddings()
+    forward = head.__dict__["forward"]
+
+    def interrupted(input):
+        assert ours.config.final_logit_softcapping is not None
+        raise KeyboardInterrupt
+
+    head.__dict__["forward"] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        ours(**hf_zoo.batch())
+    head.__dict__["forward"] = forward
+    assert ours.config.final_logit_softcapping is not None
+
+
+def test_what_is_changed_in_a_config_meanwhile_stays():
+    model = hf_zoo.build("llama")
+    config = model.config
+    fastlm.optimize(model)
+    model.resize_token_embeddings(40)
+    fastlm.restore(model)
+    assert model.config is config and config.vocab_size == 40
+    assert config._attn_implementation == "sdpa"
+
+
+class Clamped(nn.Module):
+    """A gated unit that may do more, by a number of its own."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(8, 12, bias=False) for _ in range(2))
+        self.down_proj, self.act_fn = nn.Linear(12, 8, bias=False), nn.SiLU()
+        self.limit = limit
+
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj(
+            (gate if self.limit is None else gate.clamp(max=0.1)) * self.up_proj(x)
+        )
+
+
+def test_layers_of_a_class_are_judged_by_their_own_settings():
+    found = list(layers.swaps(nn.ModuleList([Clamped(None), Clamped(1.0), Clamped(None)]), "mlp"))
+    assert [swap.forward is None for swap in found] == [False, True, False]
+
+
+def test_norms_are_compared_whatever_is_asked_for():
+    theirs = hf_zoo.build("gemma2").train()
+    ours = copy.deepcopy(theirs)
+    fastlm.optimize(ours, verify=False)
+    assert_same_training(ours, theirs, **hf_zoo.batch())
+
+
+def test_copies_of_layers_are_restored_too():
+    model = hf_zoo.build("llama").train()
+    fastlm.optimize(model)
+    model.other = nn.ModuleList([copy.deepcopy(model.lm_head), copy.deepcopy(model.model.norm)])
+    fastlm.restore(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_trainer_in_mixed_precision(tmp_path):
+    rows = [{"input_ids": x, "labels": x} for x in hf_zoo.batch()["input_ids"]] * 4
+    callback = fastlm.hf.TrainerCallback()
+    trainer = transformers.Trainer(
+        hf_zoo.build("llama"),
+        transformers.TrainingArguments(
+            str(tmp_path), max_steps=1, logging_steps=1, report_to=[], save_strategy="no",
+            use_cpu=True, bf16=True, disable_tqdm=True,
+        ),
+        train_dataset=rows, callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    assert {row.kind: row.replaced for row in callback.report.rows}["loss"] == 1
+    assert "perplexity" in trainer.state.log_history[0]
+
+
+def test_trainer_leaves_alone_what_its_caller_optimized(tmp_path):
+    model = hf_zoo.build("llama").train()
+    fastlm.optimize(model, attention=False)
+    callback = fastlm.hf.TrainerCallback()
+    callback.on_train_begin(transformers.TrainingArguments(str(tmp_path)), None, None, model=model)
+    assert model.config._attn_implementation == "sdpa"
+    callback.on_train_end(None, None, None)
+    assert fused.state_of(model) is not None
+    fastlm.restore(model)
 
 
 def test_trainer_logs_what_the_loss_knows(tmp_path):

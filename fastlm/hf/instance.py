@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fastlm.functional import explain
 from fastlm.hf import loss as fused
 from fastlm.hf.attention import NAME, Attention, Call, attention_forward, listening
-from fastlm.hf.layers import rope_listener, swaps
+from fastlm.hf.layers import is_ours, rope_listener, swaps
 from fastlm.hf.report import Report, Row, count
 from fastlm.hf.verify import SURPRISES, Verdict, agree, first_line
 
@@ -33,12 +33,26 @@ class _Changes:
     """What was done to a model, to be undone.
 
     Attributes:
-        configs: Modules and the configs they had, whose place copies have taken.
-        modules: Layers whose forward is ours.
+        configs: Configs, the copies that have taken their place, and what these held then.
+        places: Modules and the config that each had.
     """
 
-    configs: list[tuple[nn.Module, Any]] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
+    configs: list[tuple[Any, Any, dict[str, Any]]] = field(default_factory=list)
+    places: list[tuple[nn.Module, Any]] = field(default_factory=list)
+
+    def give_back_configs(self) -> None:
+        """The configs that were there, with what was changed since in their copies."""
+        for config, own, then in self.configs:
+            for name, value in vars(own).items():
+                of_ours = name.startswith("_attn_implementation")
+                if of_ours or isinstance(value, PreTrainedConfig):
+                    continue
+                if name not in then or then[name] is not value:
+                    config.__dict__[name] = value
+        for module, config in self.places:
+            module.__dict__["config"] = config
+        self.configs.clear()
+        self.places.clear()
 
 
 def optimize(
@@ -78,7 +92,8 @@ def optimize(
         norm: Replace root-mean-square norms.
         rope: Replace rotary embeddings.
         mlp: Replace gated linear units.
-        verify: Compare first.  Without, a layer is taken for what it is built like.
+        verify: Run the model on a few tokens and compare.  Without, attention, rotations and a
+            loss of logits without factors are taken for what they are built like.
         strict: Raise where nothing could be replaced.
 
     Returns:
@@ -89,7 +104,7 @@ def optimize(
         RuntimeError: Nothing could be replaced and ``strict`` is set.
     """
     base = _transformers_model("optimize", model)
-    if _CHANGES in base.__dict__:
+    if is_optimized(base):
         restore(base)
     changes = base.__dict__[_CHANGES] = _Changes()
     rows = []
@@ -112,6 +127,11 @@ def optimize(
     return report
 
 
+def is_optimized(model: nn.Module) -> bool:
+    """Whether :func:`optimize` has changed the model, and nothing has undone it."""
+    return _CHANGES in fused.base_model(model).__dict__
+
+
 def restore(model: nn.Module) -> None:
     """Undo :func:`optimize`: every attribute, hook and config is what it was.
 
@@ -126,10 +146,12 @@ def restore(model: nn.Module) -> None:
         return
     if fused.state_of(base) is not None:
         fused.detach(base)
-    for module in changes.modules:
-        del module.__dict__["forward"]
-    for module, config in changes.configs:
-        module.__dict__["config"] = config
+    # also of copies that adapters have made of layers
+    for module in base.modules():
+        forward = module.__dict__.get("forward")
+        if is_ours(forward) or fused.is_ours(forward):
+            del module.__dict__["forward"]
+    changes.give_back_configs()
 
 
 @contextlib.contextmanager
@@ -198,7 +220,7 @@ def _replace_layers(model: nn.Module, kind: str, verify: bool, changes: _Changes
     op = {"norm": "rms_norm", "rope": "apply_rotary", "mlp": "glu"}[kind]
     found, reasons, worst = 0, [], None
     replaced: list[nn.Module] = []
-    for swap in list(swaps(model, kind, verify)):
+    for swap in list(swaps(model, kind)):
         found += 1
         if swap.forward is None:
             reasons.append(swap.verdict.why or "")
@@ -214,7 +236,6 @@ def _replace_layers(model: nn.Module, kind: str, verify: bool, changes: _Changes
                 del module.__dict__["forward"]
             reasons += [verdict.why] * len(replaced)
             replaced = []
-    changes.modules += replaced
     backend = _backend(op, model) if replaced else None
     return Row(kind, len(replaced), found, op, backend, worst, count(reasons))
 
@@ -248,9 +269,7 @@ def _replace_attention(model: PreTrainedModel, verify: bool, changes: _Changes) 
     why = why or next((verdict.why for verdict in verdicts if verdict.why is not None), None)
     reasons = count([why] if why else list(others.values()))
     if why is not None or not served:
-        for module, config in changes.configs:
-            module.__dict__["config"] = config
-        changes.configs.clear()
+        changes.give_back_configs()
         if not reasons:
             reasons = {"no layer asked for it": 1}
         return Row("attention", 0, max(len(layers), len(others)), op, reasons=reasons)
@@ -314,7 +333,8 @@ def _replace_loss(model: PreTrainedModel, verify: bool) -> Row:
     why = fused.refusal(model)
     if why is not None:
         return Row("loss", 0, 1, op, reasons={why: 1})
-    if not verify:
+    # with a number at hand that may be a factor of the logits, one is a guess
+    if not verify and len(fused.candidates(model)) == 1:
         fused.attach(model, fused.candidates(model)[0])
         return Row("loss", 1, 1, op, _backend(op, model))
     reasons: list[str] = []
@@ -395,6 +415,7 @@ def _give_own_configs(model: nn.Module, changes: _Changes) -> None:
     def copied(config: PreTrainedConfig) -> PreTrainedConfig:
         if id(config) not in copies:
             own = copies[id(config)] = copy.copy(config)
+            changes.configs.append((config, own, dict(vars(own))))
             for name, value in vars(config).items():
                 if isinstance(value, PreTrainedConfig):
                     own.__dict__[name] = copied(value)
@@ -403,7 +424,7 @@ def _give_own_configs(model: nn.Module, changes: _Changes) -> None:
     for module in model.modules():
         config = module.__dict__.get("config")
         if isinstance(config, PreTrainedConfig):
-            changes.configs.append((module, config))
+            changes.places.append((module, config))
             module.__dict__["config"] = copied(config)
 
 

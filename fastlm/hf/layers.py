@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, NoneType
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from fastlm.ops.rotary import apply_rotary
 _ROPE = "apply_rotary_pos_emb"
 # Sizes of random inputs: of no meaning but for odd ones, which no two dimensions share.
 _ROWS, _WIDTH, _INNER = 7, 12, 10
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass
@@ -45,12 +46,12 @@ class Swap:
     verdict: Verdict
 
 
-def swaps(model: nn.Module, kind: str, verify: bool) -> Iterator[Swap]:
+def swaps(model: nn.Module, kind: str) -> Iterator[Swap]:
     """Every layer of a kind, with what may take its place or why nothing may."""
     known: dict[Any, Verdict] = {}
     finder = {"norm": _norm, "mlp": _mlp, "rope": _rope}[kind]
     for module in model.modules():
-        if "forward" not in module.__dict__ and (swap := finder(module, verify, known)):
+        if "forward" not in module.__dict__ and (swap := finder(module, known)):
             yield swap
 
 
@@ -64,10 +65,20 @@ def _takes_one(module: nn.Module) -> bool:
     return len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
 
 
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What tells the forward of a layer from that of another of its class: numbers and words by
+    value, anything else by what it is."""
+    return tuple(
+        (name, x if isinstance(x, (int, float, str, NoneType)) else id(x))
+        for name, x in sorted(vars(module).items())
+        if name not in _OF_EVERY_MODULE
+    )
+
+
 # Root-mean-square norms
 
 
-def _norm(module: nn.Module, verify: bool, known: dict[Any, Verdict]) -> Swap | None:
+def _norm(module: nn.Module, known: dict[Any, Verdict]) -> Swap | None:
     if "RMSNorm" not in type(module).__name__ or next(module.children(), None) is not None:
         return None
     names = [n for n in ("variance_epsilon", "eps", "epsilon", "norm_eps") if hasattr(module, n)]
@@ -80,9 +91,9 @@ def _norm(module: nn.Module, verify: bool, known: dict[Any, Verdict]) -> Swap | 
     if not isinstance(getattr(module, name), float):
         return Swap("norm", module, None, Verdict("its epsilon is no number"))
     for offset in (0.0, 1.0):
-        key = (type(module), name, getattr(module, name), offset)
+        key = (type(module), _settings(module), name, offset)
         if key not in known:
-            known[key] = _judge_norm(module, name, offset) if verify else Verdict()
+            known[key] = _judge_norm(module, name, offset)
         forward = functools.partial(norm_forward, module, name, offset)
         if known[key].why is None:
             return Swap("norm", module, forward, known[key])
@@ -115,7 +126,7 @@ def _judge_norm(module: nn.Module, eps: str, offset: float) -> Verdict:
 # Gated linear units
 
 
-def _mlp(module: nn.Module, verify: bool, known: dict[Any, Verdict]) -> Swap | None:
+def _mlp(module: nn.Module, known: dict[Any, Verdict]) -> Swap | None:
     children = dict(module.named_children())
     activation = next((n for n in ("act_fn", "activation_fn", "act") if hasattr(module, n)), None)
     projections = set(children) - {activation}
@@ -128,9 +139,9 @@ def _mlp(module: nn.Module, verify: bool, known: dict[Any, Verdict]) -> Swap | N
     chosen = _activation(getattr(module, activation))
     if chosen is None:
         return Swap("mlp", module, None, Verdict("its activation is none of ours"))
-    key = (type(module), chosen, tuple(sorted(projections)))
+    key = (type(module), _settings(module), chosen, tuple(sorted(projections)))
     if key not in known:
-        known[key] = _judge_mlp(module, chosen) if verify else Verdict()
+        known[key] = _judge_mlp(module, chosen)
     forward = functools.partial(mlp_forward, module, chosen)
     return Swap("mlp", module, forward if known[key].why is None else None, known[key])
 
@@ -244,6 +255,13 @@ def _can_rotate(query: Any, key: Any, cos: Any, sin: Any, dim: Any) -> bool:
     )
 
 
+def is_ours(forward: Any) -> bool:
+    """Whether a layer's own forward is one of these."""
+    if isinstance(forward, functools.partial):
+        return forward.func in (norm_forward, mlp_forward)
+    return isinstance(forward, RotatedForward)
+
+
 class RotatedForward:
     """The forward of an attention layer that finds our rotation where it looks for its file's."""
 
@@ -273,7 +291,7 @@ def _rotate(layer: type, interleaved: bool) -> None:
         _rotated[layer] = rotated
 
 
-def _rope(module: nn.Module, verify: bool, known: dict[Any, Verdict]) -> Swap | None:
+def _rope(module: nn.Module, known: dict[Any, Verdict]) -> Swap | None:
     forward = type(module).forward
     if not _reads(forward, _ROPE):
         return None

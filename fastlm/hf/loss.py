@@ -119,7 +119,8 @@ class FusedLoss:
         softcap: Their cap, or None.
         epilogues: What is held still meanwhile.
         labels_at: The position of ``labels`` among the arguments of forward.
-        pending: Labels, whether they are shifted already, and their number, of the pass under way.
+        pending: The model, labels, whether they are shifted already, and their number, of the pass
+            under way.
         value: The loss that the head has computed in it.
         always: Also outside training mode.
         watched: What the head runs on every input first, while it is verified.
@@ -132,7 +133,7 @@ class FusedLoss:
     softcap: float | None
     epilogues: tuple[Epilogue, ...]
     labels_at: int
-    pending: tuple[Tensor, bool, Any] | None = None
+    pending: tuple[nn.Module, Tensor, bool, Any] | None = None
     value: Tensor | None = None
     always: bool = False
     watched: Callable[[Tensor], Tensor] | None = None
@@ -145,14 +146,11 @@ class FusedLoss:
         if self.value is None:
             original = ForCausalLMLoss if self.original is None else self.original
             return original(logits, labels, vocab_size, *args, **kwargs)
+        self._let_go()
         if logits is not self.value and not self._is_traced_value(logits):
             raise RuntimeError(
                 "fastlm.optimize: the model changes its logits before the loss, which the fused "
                 "loss does not have; fastlm.restore(model) gives its own back"
-            )
-        if kwargs.get("ignore_index", -100) != -100:
-            raise RuntimeError(
-                "fastlm.optimize: the fused loss ignores -100 alone; fastlm.restore(model)"
             )
         return self.value
 
@@ -164,7 +162,7 @@ class FusedLoss:
     def run(self, input: Tensor) -> Tensor:
         """The loss of the head's logits, of a pass in which it is asked for."""
         assert self.pending is not None
-        labels, is_shifted, num_items = self.pending
+        model, labels, is_shifted, num_items = self.pending
         self.pending = None
         head = self.head
         target = labels.to(input.device)
@@ -192,6 +190,7 @@ class FusedLoss:
             loss = loss / divisor
         # the loss of transformers is float32 whatever the model is
         self.value = loss.float()
+        self._hold_still(model)
         return self.value
 
     def _tell(self, stats: Any, target: Tensor, is_shifted: bool) -> None:
@@ -205,11 +204,13 @@ class FusedLoss:
             told.entropies = told.entropies + stats.entropy.detach().double().sum()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.end(model)
+        self.end()
         labels: Any = kwargs.get("labels")
         if labels is None and len(args) > self.labels_at >= 0:
             labels = args[self.labels_at]
         if labels is None or not (model.training or self.always):
+            return
+        if kwargs.get("ignore_index", -100) != -100:  # which the fused loss does not take
             return
         to_keep = kwargs.get("logits_to_keep", 0)
         keeps_all = isinstance(to_keep, int) and to_keep == 0
@@ -219,10 +220,19 @@ class FusedLoss:
         # an adapter may have been put around the head since
         if not keeps_all or as_tuple or model.get_output_embeddings() is not self.head:  # type: ignore[operator]
             return
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "fastlm.optimize: nn.DataParallel copies a model in each pass, and copies would "
+                "compute with layers of the first; use DistributedDataParallel"
+            )
         shifted: Any = kwargs.get("shift_labels")
         is_shifted = shifted is not None
         num_items = kwargs.get("num_items_in_batch")
-        self.pending = (shifted if is_shifted else labels, is_shifted, num_items)
+        self.pending = (model, shifted if is_shifted else labels, is_shifted, num_items)
+
+    def _hold_still(self, model: nn.Module) -> None:
+        """From the head to the loss function, which come one after the other: whoever interrupts a
+        pass finds the model's numbers as they were."""
         for epilogue in self.epilogues:
             holder = epilogue.of(model)
             self.held.append((holder, epilogue.name, getattr(holder, epilogue.name)))
@@ -234,13 +244,16 @@ class FusedLoss:
                     neutral = 1.0
             object.__setattr__(holder, epilogue.name, neutral)  # configs check types
 
-    def end(self, model: nn.Module) -> bool:
-        """Everything as between passes; whether the head computed the loss in this one."""
-        was_fused = self.value is not None
-        self.pending = self.value = None
+    def _let_go(self) -> None:
         for holder, name, value in self.held:
             object.__setattr__(holder, name, value)
         self.held.clear()
+
+    def end(self) -> bool:
+        """Everything as between passes; whether the head computed the loss in this one."""
+        was_fused = self.value is not None
+        self.pending = self.value = None
+        self._let_go()
         return was_fused
 
 
@@ -251,9 +264,10 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 def after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Hook of the model, also when its forward raises: a pass has ended."""
-    if model.__dict__[_STATE].end(model) and output is not None:
-        output.logits = None  # and no tensor that would be taken for them
-    return output
+    if not model.__dict__[_STATE].end() or output is None:
+        return output
+    # without the tensor that would be taken for logits
+    return type(output)(**{name: x for name, x in output.items() if name != "logits"})
 
 
 def head_forward(loss: FusedLoss, head: nn.Linear, input: Tensor) -> Tensor:
@@ -261,6 +275,11 @@ def head_forward(loss: FusedLoss, head: nn.Linear, input: Tensor) -> Tensor:
     if loss.watched is not None:
         return loss.watched(input)
     return type(head).forward(head, input) if loss.pending is None else loss.run(input)
+
+
+def is_ours(forward: Any) -> bool:
+    """Whether a layer's own forward is that of a head."""
+    return isinstance(forward, functools.partial) and forward.func is head_forward
 
 
 def state_of(model: nn.Module) -> FusedLoss | None:
@@ -275,7 +294,7 @@ def refusal(model: PreTrainedModel) -> str | None:
     if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
         return f"the last layer is a {type(head).__name__}, not a plain nn.Linear"
     forward = inspect.unwrap(type(model).forward)
-    if forward.__module__.startswith("liger_kernel") or "forward" in model.__dict__:
+    if forward.__module__.startswith("liger_kernel") or not _runs(model, forward):
         return "the model's forward was replaced by somebody else"
     if "fused_lm_head" in forward.__code__.co_varnames:
         return "left to TRL, which has a loss of its own"
@@ -284,6 +303,17 @@ def refusal(model: PreTrainedModel) -> str | None:
     if model.loss_function is not ForCausalLMLoss:
         return "its loss is not that of causal language models"
     return None
+
+
+def _runs(model: PreTrainedModel, forward: Any) -> bool:
+    """Whether a call of the model ends in ``forward``, wrapped for mixed precision perhaps."""
+    own = model.__dict__.get("forward", forward)
+    while own is not forward:
+        inner = inspect.unwrap(getattr(own, "__func__", own))
+        if inner is own:
+            return False
+        own = inner
+    return True
 
 
 def candidates(model: PreTrainedModel) -> list[tuple[Epilogue, ...]]:
@@ -322,7 +352,7 @@ def attach(model: PreTrainedModel, epilogues: tuple[Epilogue, ...]) -> FusedLoss
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach`."""
     loss: FusedLoss = model.__dict__.pop(_STATE)
-    loss.end(model)
+    loss.end()
     del loss.head.__dict__["forward"]
     del model.__dict__["_loss_function"]
     if loss.original is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def attention_mask(
     sees_all = q_length == 1 and visible.used_keys == kv_length
     if allow_is_causal_skip and (starts_empty or sees_all) and _is_plain(visible):
         return None
-    dense = functools.partial(dense, allow_is_causal_skip=False)
+    dense = functools.partial(_marked, dense, allow_is_causal_skip=False)
     if q_length == 1:
         mask = dense()
         mask.visible = visible
@@ -123,8 +123,24 @@ def attention_mask(
 
 
 def visible_of(mask: Tensor | None) -> Visible | None:
-    """What is known of a mask of ours; nothing of what was computed from one."""
-    return None if mask is None else getattr(mask, "visible", None)
+    """What is known of a mask of ours; nothing of what was computed from one or written into it."""
+    visible = None if mask is None else getattr(mask, "visible", None)
+    if visible is None or torch.compiler.is_compiling():
+        return visible
+    dense = mask
+    if isinstance(mask, Mask):
+        if not cast(Any, mask.dense).cache_info().currsize:
+            return visible
+        dense = mask.dense()
+    made = cast(Any, dense).version_made
+    return visible if made is None or made == cast(Tensor, dense)._version else None
+
+
+def _marked(dense: Callable[..., Tensor], **options: Any) -> Any:
+    """A dense mask that shows whether somebody wrote into it since; not in inference mode."""
+    mask: Any = dense(**options)
+    mask.version_made = None if mask.is_inference() else mask._version
+    return mask
 
 
 @torch.compiler.assume_constant_result

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback as _Base
 
-from fastlm.hf.instance import optimize, restore
+from fastlm.hf.instance import is_optimized, optimize, restore
 from fastlm.hf.loss import LossStatistics, base_model, loss_statistics, state_of
 from fastlm.hf.report import Report
 
@@ -17,9 +17,9 @@ from fastlm.hf.report import Report
 class TrainerCallback(_Base):
     """Optimize the model that a Trainer trains, and log what its loss knows of the predictions.
 
-    Before the first step the model is optimized, unless it already is, and after the last it is
-    restored.  Logs get ``token_accuracy``, ``entropy`` and ``perplexity`` of the steps since the
-    last log, if the loss is fused: no logits are computed for them.
+    Before the first step the model is optimized, and after the last it is restored, unless it was
+    optimized already.  Logs get ``token_accuracy``, ``entropy`` and ``perplexity`` of the steps
+    since the last log, if the loss is fused: no logits are computed for them.
 
     Args:
         options: As :func:`fastlm.optimize` takes them.
@@ -42,10 +42,13 @@ class TrainerCallback(_Base):
         ):
             if getattr(args, name, None):
                 warnings.warn(f"fastlm.hf: {name} is set: {why}", stacklevel=2)
-        self.report = optimize(model, **self.options)
+        is_callers = is_optimized(model)
+        if not is_callers:
+            self.report = optimize(model, **self.options)
         if state_of(base_model(model)) is not None:
             self._statistics = self._open.enter_context(loss_statistics(model))
-        self._open.callback(restore, model)
+        if not is_callers:
+            self._open.callback(restore, model)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

@@ -161,8 +161,17 @@ def graphed_step(
 
 def keep(model: CausalLM, step: Any) -> None:
     """Keep the graphs of a step that is done, if it is one of :func:`graphed_step`."""
-    if isinstance(step, GraphedStep):
+    if isinstance(step, GraphedStep) and all(map(_is_its_weights, model.modules())):
         _kept[model] = _Kept(model, step)
+
+
+def _is_its_weights(module: nn.Module) -> bool:
+    """Whether nothing but the weights of a module, and what is in it, says what it computes.
+
+    Linear layers of others may have switches, as adapters do.
+    """
+    kind = type(module)
+    return kind in (nn.Linear, nn.Embedding, nn.ModuleList) or kind.__module__.startswith("fastlm.")
 
 
 def _addresses(model: nn.Module) -> list[tuple[int, torch.dtype]]:
