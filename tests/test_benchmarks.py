@@ -413,6 +413,7 @@ def test_a_case_without_others_has_no_gain(tables):
 # Decoding
 
 
+@pytest.mark.slow
 def test_what_decoding_cannot_be_measured_on_is_listed_with_the_reason(tmp_path):
     path = tmp_path / "decode.json"
     done = run(

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ TEMPLATE = """\
 {% endfor %}
 {% if add_generation_prompt %}[assistant] {% endif %}"""
 START, END = "<|start|>", "<|end|>"
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Also of a run that was started in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def write_model(folder: Path, context: int, *, template: str | None = TEMPLATE) -> Path:

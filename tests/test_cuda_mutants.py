@@ -35,8 +35,8 @@ KERNEL = "csrc/cross_entropy.cuh"
 LOSSES = "csrc/losses.cuh"
 VECTORS = "csrc/vectors.cuh"
 REDUCE = "csrc/reduce.cuh"
-QUICK = Mutant("the total is not rescaled", LOSSES, "    sums.total *= decay;\n", "")
 MUTANTS = [
+    Mutant("the total is not rescaled", LOSSES, "    sums.total *= decay;\n", ""),
     Mutant("warps are not combined", REDUCE,
            "warp < warps_of_block(); ++warp", "warp < 1; ++warp"),
     Mutant("a group of only -inf is forgotten", LOSSES,
@@ -154,10 +154,6 @@ def test_the_check_passes_without_a_bug():
             check()
 
     in_child(passes)
-
-
-def test_a_bug_is_found():
-    assert killed(QUICK, check)
 
 
 @pytest.mark.slow

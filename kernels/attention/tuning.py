@@ -130,7 +130,7 @@ MAX_HEAD_DIM = 512
 # Keys and values that programs running at the same time share; below the L2 of sm_80, 40 MB.
 SECTION_BYTES = 32 * 2**20
 # Shared memory for the barriers that sm_100 waits at, and to begin the tiles behind them at a
-# multiple of as much.
+# multiple of as much; float64 is never compiled.
 _BARRIERS = 1024
 
 _BY_ARCH = {
@@ -218,7 +218,8 @@ def shared_memory(step: str, row: Plan, head_dim: int, value_dim: int, dtype: to
         scores *= min(row.num_stages, 2)
         # lse and delta
         scores += 2 * row.num_stages * row.block_m
-    return tiles * dtype.itemsize + scores * wide + _BARRIERS
+    barriers = 0 if dtype == torch.float64 else _BARRIERS
+    return tiles * dtype.itemsize + scores * wide + barriers
 
 
 def block(dim: int) -> int:
