@@ -276,8 +276,7 @@ else:
 
 @pytest.mark.parametrize("length", [1, 4])
 def test_what_is_written_into_a_mask_is_not_dropped(length):
-    seen = torch.ones(1, 4)
-    seen[0, 0] = 0
+    seen = torch.tensor([[False, True, True, True]])
     call = dict(batch_size=1, q_length=length, kv_length=4, q_offset=4 - length)
     mask = masks.attention_mask(**call, attention_mask=seen, allow_is_causal_skip=False)
     assert masks.visible_of(mask) is not None

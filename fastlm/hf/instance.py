@@ -346,7 +346,7 @@ def _replace_loss(model: PreTrainedModel, verify: bool) -> Row:
             verdict = Verdict(f"its forward does not take the loss for logits: {first_line(error)}")
         finally:
             state.watched, state.always = None, False
-            state.end(model)
+            state.end()
         if verdict.why is None:
             return Row("loss", 1, 1, op, _backend(op, model), verdict.error)
         fused.detach(model)

@@ -222,7 +222,7 @@ PAGE = """# Models of transformers
 
 What `fastlm.optimize` replaces in the causal language models of transformers {version}. Each type
 is built small, and its loss and every gradient, in training mode and with padding, are compared
-with those of the untouched model by the rule of `fastlm/ops/_tolerance.py` against float64. Of
+with those of the untouched model against float64, as docs/hf.md says. Of
 {types} types {built} are built, of these {served} have attention or loss of ours; none is wrong.
 `tests/test_hf_zoo.py` examines a sample in every run and all types in `make test-all`. "2 of 2" are
 layers; of losses there is one. Made by
