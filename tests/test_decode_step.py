@@ -51,14 +51,16 @@ def threads(count: int):
 
 @torch.inference_mode()
 def stepped(model, lengths, make):
-    """Logits of two steps of a token and one of two, by the step that ``make`` gives."""
+    """Logits after prompts, of two steps of a token and one of two, by what ``make`` gives."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(320, (n,), generator=generator).tolist() for n in lengths]
     cache = model.new_cache(len(lengths), 32)
-    prefill(model, prompts, cache)
     step = make(model, cache)
+    reads = isinstance(step, DirectStep) and step.reads(prompts)
+    first = step.read(prompts) if reads else prefill(model, prompts, cache)
+    assert reads == (isinstance(step, DirectStep) and len(set(lengths)) == 1)
     ids = torch.randint(320, (len(lengths), 4), generator=generator)
-    parts = [step(part).clone() for part in ids.split((1, 1, 2), dim=1)]
+    parts = [first[:, None], *(step(part).clone() for part in ids.split((1, 1, 2), dim=1))]
     assert cache.lengths == [length + 4 for length in lengths] == cache.seqlens.tolist()
     return torch.cat(parts, 1)
 

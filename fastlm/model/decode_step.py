@@ -7,7 +7,7 @@ calls of operators around them, so the step makes few calls, and none through a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,11 +21,16 @@ from fastlm.model.blocks import (
     FeedForward,
     UngatedFeedForward,
 )
-from fastlm.model.direct_attention import Attention, CacheAttention, DirectAttention
+from fastlm.model.direct_attention import (
+    Attention,
+    CacheAttention,
+    DirectAttention,
+    PromptAttention,
+)
 from fastlm.model.graphed_step import GraphedStep, graphed_step
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.paged_kv_cache import PagedRows
-from fastlm.model.products import Call, FewRows, side_by_side
+from fastlm.model.products import MOST_ROWS, Call, FewRows, side_by_side
 from fastlm.nn import CausalSelfAttention, RMSNorm
 from fastlm.ops import _checked
 
@@ -127,17 +132,40 @@ class DirectStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         batch, count = tokens.shape
-        cache, decoder = self._cache, self._model.model
-        cache.check_room(batch, count)
+        self._cache.check_room(batch, count)
         if batch != self._batch:
             self._batch, self._tapes = batch, {}
         if count not in self._tapes:
-            self._tapes[count] = self._recorded(batch, count)
-        memory, layers, attend, end = self._tapes[count]
+            if batch * count > len(self._memory.stream):
+                # what was recorded on the smaller one would keep it
+                self._memory, self._tapes = self._memory_for(batch * count), {}
+            self._tapes[count] = self._recorded(self._memory.of(batch, count), ends_only=False)
+        return self._ran(self._tapes[count], tokens)
+
+    def reads(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether :meth:`read` is for these: one for each row, alike in length, of few tokens."""
+        lengths = {len(prompt) for prompt in prompts}
+        return (
+            len(prompts) == self._cache.batch
+            and len(lengths) == 1
+            and len(prompts) * max(lengths) <= MOST_ROWS
+        )
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Store prompts in the empty cache; logits ``(B, V)`` of what follows each."""
+        tokens = torch.tensor([list(prompt) for prompt in prompts])
+        batch, count = tokens.shape
+        self._cache.check_room(batch, count)
+        memory = self._memory_for(batch * count, batch).of(batch, count)
+        return self._ran(self._recorded(memory, ends_only=True), tokens)[:, 0]
+
+    def _ran(self, tape: _Tape, tokens: Tensor) -> Tensor:
+        memory, layers, attend, end = tape
+        count, decoder = tokens.shape[1], self._model.model
         torch.index_select(decoder.embed_tokens.weight, 0, tokens.reshape(-1), out=memory.stream)
         if decoder.embed_positions is not None:
-            learned = decoder.embed_positions(count, cache.positions(count))
-            memory.stream.view(batch, count, -1).add_(learned)
+            learned = decoder.embed_positions(count, self._cache.positions(count))
+            memory.stream.view(*tokens.shape, -1).add_(learned)
         attend.begin()
         for index, (before, after) in enumerate(layers):
             for call in before:
@@ -147,10 +175,11 @@ class DirectStep:
                 call()
         for call in end:
             call()
-        cache.advance(count)
+        self._cache.advance(count)
         return memory.logits
 
-    def _memory_for(self, rows: int) -> _Memory:
+    def _memory_for(self, rows: int, ends: int | None = None) -> _Memory:
+        """Of so many tokens, all of which or ``ends`` of which are to have logits."""
         weight, layer = self._model.model.embed_tokens.weight, self._layers[0]
         inner = max(layer.inner for layer in self._layers)
         return _Memory(
@@ -160,26 +189,29 @@ class DirectStep:
             attended=weight.new_empty(rows, layer.num_heads, layer.head_dim),
             wide=weight.new_empty(rows, 2 * inner),
             inner=weight.new_empty(rows, inner),
-            logits=weight.new_empty(rows, self._model.config.vocab_size),
+            logits=weight.new_empty(rows if ends is None else ends, self._model.config.vocab_size),
         )
 
-    def _recorded(self, batch: int, count: int) -> _Tape:
-        decoder, rows = self._model.model, batch * count
-        if rows > len(self._memory.stream):
-            # what was recorded on the smaller one would keep it
-            self._memory, self._tapes = self._memory_for(rows), {}
-        memory = self._memory.of(batch, count)
-        cache = self._cache
+    def _recorded(self, memory: _Memory, *, ends_only: bool) -> _Tape:
+        """With logits of all tokens, or of the last of each row alone."""
+        decoder, cache = self._model.model, self._cache
         windows = [layer.window for layer in self._layers]
         tables = None if decoder.rotary is None else decoder.rotary.tables
+        batch, count = memory.heads.shape[:2]
+        holds_floats = isinstance(cache, KVCache) and cache.scales[0] is None
         attend: Attention
-        if count == 1 and isinstance(cache, KVCache) and cache.scales[0] is None:
+        if holds_floats and count == 1:
             attend = DirectAttention(cache, memory.heads, memory.attended, windows, tables)
+        elif holds_floats and ends_only and all(w is None or w >= count for w in windows):
+            attend = PromptAttention(cache, memory.heads, memory.attended, tables)
         else:
             attend = CacheAttention(cache, memory.heads, memory.attended, windows, tables)
+        stream, normed = memory.stream, memory.normed
+        if ends_only:
+            stream, normed = stream.view(batch, count, -1)[:, -1], normed[:batch]
         end = [
-            *self._norm(memory.stream, memory.normed),
-            *self._head(memory.normed, memory.logits.view(rows, -1)),
+            *self._norm(stream, normed),
+            *self._head(normed, memory.logits.flatten(0, 1)),
         ]
         return memory, [layer.recorded(memory) for layer in self._layers], attend, end
 
@@ -196,7 +228,7 @@ class _Memory(NamedTuple):
     # of the widest feed-forward layer, (B T, 2 I) and (B T, I)
     wide: Tensor
     inner: Tensor
-    # (B, T, V)
+    # (B, T, V), or of fewer places
     logits: Tensor
 
     def of(self, batch: int, count: int) -> _Memory:
@@ -204,7 +236,7 @@ class _Memory(NamedTuple):
         parts = _Memory(*(x[: batch * count] for x in self))
         names = ("heads", "attended", "logits")
         return parts._replace(**{
-            name: getattr(parts, name).unflatten(0, (batch, count)) for name in names
+            name: getattr(parts, name).unflatten(0, (batch, -1)) for name in names
         })  # fmt: skip
 
 
@@ -296,19 +328,27 @@ def _by_module(module: Callable[[Tensor], Tensor], input: Tensor, out: Tensor) -
 
 
 def _norm(module: nn.Module) -> _Map:
-    """RMSNorm in five calls: what the mean divides by is in the weight and eps instead."""
+    """RMSNorm in four calls: what the mean divides by is in the weight and eps instead."""
     if type(module) is not RMSNorm:
         return partial(_by_module, module)
     size = len(module.weight)
     weight = (module.weight + module.weight_offset) * math.sqrt(size)
     # a number would be made a tensor in every call
-    eps = weight.new_tensor(module.eps * size)
+    eps = weight.new_full((1, 1, 1), module.eps * size)
 
     def into(input: Tensor, out: Tensor) -> list[Call]:
         norms = input.new_empty(*input.shape[:-1], 1)
+        if input.dim() == 2:
+            # each vector by itself, of which BLAS makes less ado than the norm does
+            column = norms[..., None]
+            squares = [partial(torch.baddbmm, eps, input[:, None], input[..., None], out=column)]
+        else:
+            squares = [
+                partial(torch.linalg.vector_norm, input, dim=-1, keepdim=True, out=norms),
+                partial(torch.addcmul, eps[0, 0], norms, norms, out=norms),
+            ]
         return [
-            partial(torch.linalg.vector_norm, input, dim=-1, keepdim=True, out=norms),
-            partial(torch.addcmul, eps, norms, norms, out=norms),
+            *squares,
             norms.rsqrt_,
             partial(torch.mul, input, norms, out=out),
             partial(torch.mul, out, weight, out=out),

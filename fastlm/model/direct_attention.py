@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -61,8 +62,41 @@ class CacheAttention:
         self._attended.copy_(out)
 
 
+class _Turning:
+    """Rotation of queries and keys side by side, ``(N, H + G, D)``, to other memory, ``out``."""
+
+    def __init__(self, heads: Tensor, tables: tuple[Tensor, Tensor]) -> None:
+        count, total, width = heads.shape
+        self.out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+        # cosines, sines and what is less than nothing by them, of each token
+        self._tables, self._angles = tables, heads.new_empty(3, count, 1, width // 2)
+        cos, sin, minus_sin = self._angles
+        low, high = heads.chunk(2, dim=-1)
+        out_low, out_high = self.out.chunk(2, dim=-1)
+        both = (count, total, 2, width // 2)
+        self._calls: list[Call] = [
+            partial(torch.mul, heads.view(both), cos[:, :, None], out=self.out.view(both)),
+            partial(out_low.addcmul_, high, minus_sin),
+            partial(out_high.addcmul_, low, sin),
+        ]
+
+    def place(self, positions: Tensor) -> None:
+        """Say where the tokens stand, ``(N,)`` of whole numbers."""
+        cos, sin, minus_sin = self._angles
+        for angles, table in zip((cos, sin), self._tables, strict=True):
+            angles.copy_(table.index_select(0, positions)[:, None])
+        torch.neg(sin, out=minus_sin)
+
+    def __call__(self) -> None:
+        for call in self._calls:
+            call()
+
+
 class DirectAttention:
-    """By torch's, of one token of every sequence; sequences of one length are one call.
+    """Of one token of every sequence; those of one length are one call of torch's attention.
+
+    A sequence alone is two products and a softmax instead, which are about as fast over a long
+    cache and cost fewer calls over a short one.
 
     Takes the arguments of :class:`CacheAttention`, T = 1, and of caches those that hold floats.
     """
@@ -75,39 +109,21 @@ class DirectAttention:
         windows: Sequence[int | None],
         tables: tuple[Tensor, Tensor] | None,
     ) -> None:
-        self._cache, self._windows, self._tables = cache, windows, tables
+        self._cache, self._windows = cache, windows
         self._query, self._key, self._value = (x[:, 0] for x in _parts(heads, attended))
         # (B, H, 1, D), as torch has them
         self._attended = attended.transpose(1, 2)
         self._is_grouped = self._query.shape[1] > self._key.shape[1]
-        self._turn = list[Call]()
+        self._turn: _Turning | None = None
         if tables is not None:
-            self._turn = self._turning(heads[:, 0, : -self._key.shape[1]])
-
-    def _turning(self, heads: Tensor) -> list[Call]:
-        """Calls that rotate queries and keys side by side, ``(B, H + G, D)``, to other memory."""
-        batch, total, width = heads.shape
-        turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
-        self._query, self._key = turned.split((self._query.shape[1], self._key.shape[1]), dim=1)
-        # cosines, sines and what is less than nothing by them, of each sequence
-        self._angles = heads.new_empty(3, batch, 1, width // 2)
-        cos, sin, minus_sin = self._angles
-        low, high = heads.chunk(2, dim=-1)
-        turned_low, turned_high = turned.chunk(2, dim=-1)
-        both = (batch, total, 2, width // 2)
-        return [
-            partial(torch.mul, heads.view(both), cos[:, :, None], out=turned.view(both)),
-            partial(turned_low.addcmul_, high, minus_sin),
-            partial(turned_high.addcmul_, low, sin),
-        ]
+            sizes = self._query.shape[1], self._key.shape[1]
+            self._turn = _Turning(heads[:, 0, : sum(sizes)], tables)
+            self._query, self._key = self._turn.out.split(sizes, dim=1)
 
     def begin(self) -> None:
         cache = self._cache
-        if self._tables is not None:
-            cos, sin, minus_sin = self._angles
-            for angles, table in zip((cos, sin), self._tables, strict=True):
-                angles.copy_(table.index_select(0, cache.seqlens)[:, None])
-            torch.neg(sin, out=minus_sin)
+        if self._turn is not None:
+            self._turn.place(cache.seqlens)
         self._runs = list[_Run]()
         row = 0
         for length, run in itertools.groupby(cache.lengths):
@@ -134,18 +150,73 @@ class DirectAttention:
         )  # fmt: skip
 
     def __call__(self, layer: int) -> None:
-        for call in self._turn:
-            call()
+        if self._turn is not None:
+            self._turn()
         window = self._windows[layer]
         for query, key, value, out, keys, values, seen in self._runs:
             keys[layer].copy_(key)
             values[layer].copy_(value)
-            all_keys, all_values = seen[window]
+            all_keys, all_values = (x[layer] for x in seen[window])
+            if len(query) == 1:
+                _attend_alone(query[0], all_keys[0], all_values[0], out[0])
+                continue
             out.copy_(
                 F.scaled_dot_product_attention(
-                    query, all_keys[layer], all_values[layer], enable_gqa=self._is_grouped
+                    query, all_keys, all_values, enable_gqa=self._is_grouped
                 )
             )
+
+
+def _attend_alone(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    """A query ``(H, 1, D)`` over ``(G, S, D)``, whose rows in memory are those of tokens."""
+    groups, _, width = keys.shape
+    scores = torch.baddbmm(
+        query.new_empty(()), query.view(groups, -1, width), keys.mT,
+        beta=0, alpha=1 / math.sqrt(width),
+    )  # fmt: skip
+    torch.bmm(scores.softmax(dim=-1), values, out=out.view(groups, -1, width))
+
+
+class PromptAttention:
+    """By torch's, of the first tokens of every sequence of an empty cache, without windows.
+
+    Takes the arguments of :class:`CacheAttention` but the windows, and of caches those that hold
+    floats.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        heads: Tensor,
+        attended: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self._query, self._key, self._value = _parts(heads, attended)
+        # (B, H, T, D), as torch has them
+        self._attended = attended.transpose(1, 2)
+        batch, tokens = heads.shape[:2]
+        self._stored = [x[:, :, :tokens] for x in (cache.keys, cache.values)]
+        self._turn: _Turning | None = None
+        if tables is not None:
+            sizes = self._query.shape[2], self._key.shape[2]
+            self._turn = _Turning(heads[:, :, : sum(sizes)].flatten(0, 1), tables)
+            self._turn.place(torch.arange(tokens).repeat(batch))
+            turned = self._turn.out.unflatten(0, (batch, tokens))
+            self._query, self._key = turned.split(sizes, dim=2)
+
+    def begin(self) -> None:
+        pass
+
+    def __call__(self, layer: int) -> None:
+        if self._turn is not None:
+            self._turn()
+        for stored, new in zip(self._stored, (self._key, self._value), strict=True):
+            stored[layer].copy_(new)
+        query, key, value = (x.transpose(1, 2) for x in (self._query, self._key, self._value))
+        is_grouped = query.shape[1] > key.shape[1]
+        self._attended.copy_(
+            F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_grouped)
+        )
 
 
 class _Run(NamedTuple):

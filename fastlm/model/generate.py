@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm._errors import ArgumentError
-from fastlm.model.decode_step import Step, decode_step, new_step
+from fastlm.model.decode_step import DirectStep, Step, decode_step, new_step
 from fastlm.model.graphed_step import keep
 from fastlm.model.kv_cache import KVCache
 from fastlm.model.lookup import PromptLookup
@@ -190,9 +190,13 @@ class Generation:
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         sources = [prompts.index(request.prompt) for request in requests]
         self._step, self._cache = self._new_step(requests, len(prompts))
-        first = self._cache.part(0, len(prompts))
-        self._logits = prefill(model, prompts, first)[sources][:, None]
-        self._cache.spread(sources, first.lengths)
+        if isinstance(self._step, DirectStep) and self._step.reads(prompts):
+            logits = self._step.read(prompts)
+        else:
+            first = self._cache.part(0, len(prompts))
+            logits = prefill(model, prompts, first)[sources]
+            self._cache.spread(sources, first.lengths)
+        self._logits = logits[:, None]
         self._tokens = torch.zeros(len(requests), dtype=torch.int64, device=device)
         self._steps = torch.zeros_like(self._tokens)
         self._starts = torch.tensor([len(request.prompt) for request in requests], device=device)

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# More rows than these are a matrix product that libraries divide among threads themselves.
-MOST_ROWS = 16
+# Of more rows than these the weight is multiplied from the right, as of a matrix of any size.
+MOST_ROWS = 96
 # Elements of a weight below which it fits in the cache of a core, and is left to one thread.
 _FEW_ELEMENTS = 1 << 16
 
@@ -20,9 +20,10 @@ Call = Callable[[], object]
 class FewRows:
     """``input @ weight.T + bias`` for a few rows on a CPU, as calls on memory that stays.
 
-    BLAS libraries give a product with a vector, or with a few, to one thread, which cannot draw on
-    all of the memory's bandwidth.  Here the rows of the weight are divided into as many blocks as
-    there are threads, without a copy: a batch of products, which they do divide.
+    BLAS libraries give a product with a vector to one thread, which cannot draw on all of the
+    memory's bandwidth.  Here the rows of the weight are divided into as many blocks as there are
+    threads, without a copy: a batch of products, which they do divide.  Several vectors are
+    multiplied from the right, since among threads they divide the rows of the first matrix.
 
     Args:
         weight: ``(N, C)``, contiguous; it is read when a product is called.
@@ -53,35 +54,30 @@ def _calls(
     weight: Tensor, blocks: int, input: Tensor, start: Tensor | None, out: Tensor
 ) -> list[Call]:
     """The product, added to ``start`` where there is one, ``(1, N)`` or ``out`` itself."""
-    rows = input.shape[0]
+    rows = len(input)
     if blocks == 1 or rows > MOST_ROWS:
         if start is None:
             return [partial(torch.mm, input, weight.t(), out=out)]
         return [partial(torch.addmm, start, input, weight.t(), out=out)]
+    if rows > 1:
+        # it comes out the other way around
+        product = weight.new_empty(len(weight), rows)
+        calls: list[Call] = [partial(torch.mm, weight, input.t(), out=product)]
+        if start is None:
+            return [*calls, partial(out.copy_, product.t())]
+        return [*calls, partial(torch.add, start, product.t(), out=out)]
     even = len(weight) // blocks * blocks
     parts = weight[:even].view(blocks, -1, weight.shape[1])
 
     def divided(x: Tensor) -> Tensor:
-        """``(R, N)`` as ``(blocks, N / blocks, R)``."""
-        return x[:, :even].view(len(x), blocks, -1).permute(1, 2, 0)
+        """``(1, N)`` as ``(blocks, N / blocks, 1)``."""
+        return x[:, :even].view(blocks, -1, 1)
 
-    # the rows are multiplied from the right: from the left BLAS is slower
     columns, to = input.t().expand(blocks, -1, -1), divided(out)
-    added = None if start is None else divided(start)
-    calls: list[Call]
-    if rows > 1:
-        # products of several come out the other way around
-        turned = weight.new_empty(to.shape)
-        put = (
-            partial(to.copy_, turned)
-            if added is None
-            else partial(torch.add, added, turned, out=to)
-        )
-        calls = [partial(torch.bmm, parts, columns, out=turned), put]
-    elif added is None:
+    if start is None:
         calls = [partial(torch.bmm, parts, columns, out=to)]
     else:
-        calls = [partial(torch.baddbmm, added, parts, columns, out=to)]
+        calls = [partial(torch.baddbmm, divided(start), parts, columns, out=to)]
     if even < len(weight):
         to = out[:, even:]
         rest = to if start is out else None if start is None else start[:, even:]
