@@ -1,4 +1,5 @@
 #include "attention_with_kv_cache.cuh"
+#include "kv_cache_append.cuh"
 
 #include "launch.h"
 

@@ -24,6 +24,7 @@ from support.mutants import Mutant
 pytestmark = interpreted_only
 
 KERNEL = "csrc/attention_with_kv_cache.cuh"
+APPEND = "csrc/kv_cache_append.cuh"
 CACHE = "csrc/kv_cache.cuh"
 MUTANTS = [
     Mutant("sums are not rescaled", KERNEL, "sums[pair][i] *= factor;", "(void)factor;"),
@@ -57,10 +58,10 @@ MUTANTS = [
     Mutant("scores keep the scale of integers", KERNEL, "own[0][j] *= scale;", "(void)scale;"),
     Mutant("values keep it", KERNEL, "is_int8 ? p * scales", "is_int8 ? p + 0 * scales"),
     Mutant("integers are cut off", CACHE, "return rintf(x);", "return truncf(x);"),
-    Mutant("128 parts", KERNEL, "Larger()) / 127)", "Larger()) / 128)"),
-    Mutant("a row that is not finite is a number", KERNEL,
+    Mutant("128 parts", APPEND, "Larger()) / 127)", "Larger()) / 128)"),
+    Mutant("a row that is not finite is a number", APPEND,
            "if (!is_finite) scale = NAN;", ""),
-    Mutant("pages of new tokens are not looked at", KERNEL,
+    Mutant("pages of new tokens are not looked at", APPEND,
            "pages_exist(in, row.row, 0, row.length)", "pages_exist(in, row.row, 0, row.start)"),
     Mutant("the first slot of a page", CACHE, "token = position % in.page_size;",
            "token = position;"),
