@@ -105,19 +105,24 @@ def forward_kernel(
     start, unmasked_start, unmasked_end, end = key_range(
         first_query, q_count, k_count, offset, window, BLOCK_M, BLOCK_N, HAS_WINDOW
     )
-    if HAS_WINDOW:
+    # in heads wider than 256 three loops spill
+    IS_ONE_LOOP: tl.constexpr = HAS_WINDOW and BLOCK_D + BLOCK_V > 512
+    if IS_ONE_LOOP:
+        unmasked_end = start
+    if HAS_WINDOW and not IS_ONE_LOOP:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, queries, k_ptr, v_ptr, stride_ks, stride_vs,
             start, tl.minimum(unmasked_start, end), k_count, offset, window, inner, outer,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
             FAST_CAP, PRECISION, MASKED=True,
         )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, queries, k_ptr, v_ptr, stride_ks, stride_vs,
-        unmasked_start, unmasked_end, k_count, offset, window, inner, outer,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
-        FAST_CAP, PRECISION, MASKED=False,
-    )  # fmt: skip
+    if not IS_ONE_LOOP:
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, queries, k_ptr, v_ptr, stride_ks, stride_vs,
+            unmasked_start, unmasked_end, k_count, offset, window, inner, outer,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, ACC, HAS_WINDOW, HAS_SOFTCAP,
+            FAST_CAP, PRECISION, MASKED=False,
+        )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, queries, k_ptr, v_ptr, stride_ks, stride_vs,
         unmasked_end, end, k_count, offset, window, inner, outer,

@@ -114,7 +114,7 @@ RAGGED_FLOAT32: Rows = {
     ),
     "dkdv": (*FLOAT32["dkdv"][:2], FLOAT32["dkdv"][-1]),
     "dq": (
-        (64, Plan(32, 16, 4, 1)), (256, Plan(16, 16, 4, 1)), (512, Plan(16, 16, 8, 1)),
+        (64, Plan(16, 32, 4, 1)), (256, Plan(16, 16, 4, 1)), (512, Plan(16, 16, 8, 1)),
     ),
 }  # fmt: skip
 FLOAT64: Rows = {

@@ -269,16 +269,20 @@ NEVER_SPILL = ("cross_entropy", "linear_cross_entropy")
 NEVER_SPILL_ON = (80, 90, 100)
 
 
-# The same for attention in float32 with a window, whose third loop takes registers.
+# The same with a window, in float32 or over a cache.
 MOST_STACK_WITH_WINDOW = 128
 
 
 def most_stack(binary: dict[str, Any]) -> int:
     """Bytes this binary may spill: on sm_80 and sm_90 none in a narrow dtype without options.
 
-    The other architectures borrow the rows of these two.
+    There attention spills none in float32 with options either.  The other architectures borrow the
+    rows of these two.
     """
     if binary["op"] in NEVER_SPILL and binary["arch"] in NEVER_SPILL_ON:
+        return 0
+    is_wide = binary["dtype"] == "float32" and binary["op"] == "attention"
+    if is_wide and binary["arch"] in (80, 90):
         return 0
     on = {name for name, value in binary["constants"].items() if value == "True"}
     if "HAS_WINDOW" in on and (binary["dtype"] == "float32" or binary["op"] != "attention"):
