@@ -21,12 +21,15 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from ._launch import Launch
 from ._runtime import INTERPRETED
 
-_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "LDL", "STL", "LDS", "LDSM")
+_INSTRUCTIONS = (
+    "HGMMA", "UTCHMMA", "HMMA", "WARPGROUP", "UTMALDG", "LDL", "STL", "LDS", "LDSM", "STS", "STSM",
+)  # fmt: skip
 # at the start of a line, after an optional predicate such as @!P0
 _OPCODE = re.compile(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[.\s]", re.M)
 
@@ -41,7 +44,7 @@ class Compiled:
         shared_memory: Bytes per program.
         instructions: Machine instruction to how often it stands in the code; zeros for what is not
             disassembled, as a kernel without ``tl.dot``.
-        ttir: Triton's own intermediate code, before it is made for one GPU.
+        ttir: Triton's own intermediate code, before it is made for one GPU; of Gluon, for it.
     """
 
     registers: int
@@ -82,7 +85,8 @@ def specialize(launch: Launch, arch: int) -> Specialized:
     options, signature, constants, attributes = kernel._pack_args(
         backend, keywords, bound, specialization, rest
     )
-    source = ASTSource(kernel, signature, constants, attributes)
+    made_by = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = made_by(kernel, signature, constants, attributes)
     return Specialized(source, dict(options.__dict__), target)
 
 
@@ -105,8 +109,10 @@ def compile_launch(
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        # Gluon begins at the next stage
+        first = kernel.asm["ttgir" if "ttir" not in kernel.asm else "ttir"]
         # half a second each, so for products alone: which unit runs them stands nowhere else
-        has_code = disassemble and "tt.dot" in kernel.asm["ttir"]
+        has_code = disassemble and ("tt.dot" in first or "warp_group_dot" in first)
         code = _run("nvdisasm", "-c", file.name) if has_code else ""
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     opcodes = _OPCODE.findall(re.sub(r"/\*[^*]*\*/", "", code))
@@ -115,7 +121,7 @@ def compile_launch(
         stack=numbers["STACK"],
         shared_memory=kernel.metadata.shared,
         instructions={name: opcodes.count(name) for name in _INSTRUCTIONS},
-        ttir=kernel.asm["ttir"],
+        ttir=first,
     )
 
 

@@ -385,8 +385,6 @@ def test_an_unknown_backend_is_named():
     inputs = attention_inputs(1, 2, 2, 1, 1, 8)
     with pytest.raises(ValueError, match="backend must be one of"):
         fastlm.causal_attention(*inputs, backend="fast")
-    with pytest.raises(NotImplementedError, match="has no gluon backend"):
-        fastlm.causal_attention(*inputs, backend="gluon")
 
 
 def test_checked_accepts_what_is_right_and_refuses_what_is_not(device, monkeypatch):

@@ -198,12 +198,12 @@ class DirectStep:
         windows = [layer.window for layer in self._layers]
         tables = None if decoder.rotary is None else decoder.rotary.tables
         batch, count = memory.heads.shape[:2]
-        holds_floats = isinstance(cache, KVCache) and cache.scales[0] is None
+        floats = cache if isinstance(cache, KVCache) and cache.scales[0] is None else None
         attend: Attention
-        if holds_floats and count == 1:
-            attend = DirectAttention(cache, memory.heads, memory.attended, windows, tables)
-        elif holds_floats and ends_only and all(w is None or w >= count for w in windows):
-            attend = PromptAttention(cache, memory.heads, memory.attended, tables)
+        if floats is not None and count == 1:
+            attend = DirectAttention(floats, memory.heads, memory.attended, windows, tables)
+        elif floats is not None and ends_only and all(w is None or w >= count for w in windows):
+            attend = PromptAttention(floats, memory.heads, memory.attended, tables)
         else:
             attend = CacheAttention(cache, memory.heads, memory.attended, windows, tables)
         stream, normed = memory.stream, memory.normed

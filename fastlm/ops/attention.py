@@ -35,6 +35,8 @@ BACKENDS = {
     "cuda": "fastlm.ops.cuda.attention",
     "torch": "fastlm.ops.eager.attention",
     "reference": "fastlm.ops.reference.attention",
+    # last, so that auto never gets to it
+    "gluon": "fastlm.kernels.attention.gluon",
 }
 
 
@@ -97,7 +99,8 @@ def causal_attention(
             ``key_start[b]`` are padding, which no query sees.
         key_end: ``(B,)``: so are those from ``key_end[b]`` on.
         return_lse: Also return the log-sum-exp of each query's scores, its sink included.
-        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``; also
+            ``"gluon"``, the kernel for Hopper, which takes no options and has run on no GPU yet.
 
     Returns:
         ``out`` ``(B, T, H, Dv)`` in the dtype of query; with ``return_lse`` also ``lse``

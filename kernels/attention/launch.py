@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._launch import accumulator, launch
 from .._runtime import device_of, refuses_device
-from . import tuning
+from . import gluon_tuning, tuning
 from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .forward import forward_kernel
 
@@ -74,6 +74,16 @@ def forward(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
+    if gluon_tuning.is_proven(query.shape[-1]):
+        # here and not above: it imports what is for Hopper alone
+        from . import gluon
+
+        arguments = (
+            query, key, value, sinks, cu_seqlens_q, cu_seqlens_k, key_start, key_end,
+            scale, window_size, softcap,
+        )  # fmt: skip
+        if gluon.forward_refuses(*arguments) is None:
+            return gluon.forward(*arguments)
     batch, num_queries, heads, _ = query.shape
     num_keys, kv_heads, value_dim = value.shape[1:]
     out = query.new_empty((batch, num_queries, heads, value_dim))
@@ -90,7 +100,7 @@ def forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch * heads, heads, heads // kv_heads, num_queries, num_keys,
         sequences.documents, _window(window_size, query, key),
-        _section(query, key, value), scale, softcap or 1.0,
+        section(query, key, value), scale, softcap or 1.0,
         HAS_SINKS=sinks is not None, **sequences.flags,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
@@ -152,7 +162,7 @@ def backward(
             dq_kernel, (sequences.query_blocks(num_queries, plan.block_m) * batch * heads,),
             query, key, value, dout, lse, delta, dquery, *sequences.tensors, *strides,
             batch * heads, heads, group_size, *sizes,
-            _section(query, key, value), scale, softcap or 1.0,
+            section(query, key, value), scale, softcap or 1.0,
             BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
@@ -257,7 +267,7 @@ def _window(window_size: int | None, query: Tensor, key: Tensor) -> int:
     return 0 if window_size is None else min(window_size, query.shape[1] + key.shape[1])
 
 
-def _section(query: Tensor, key: Tensor, value: Tensor) -> int:
+def section(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Query heads that walk over their keys at the same time."""
     batch, _, heads, head_dim = query.shape
     _, num_keys, kv_heads, value_dim = value.shape
