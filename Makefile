@@ -51,6 +51,7 @@ test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -P -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 	.venv-floor/bin/python -P -c 'import fastlm.functional, fastlm.nn, fastlm.cli, fastlm.training, fastlm.inference'
 	.venv-floor/bin/python -P -m pytest -m "not slow" tests/test_ahead_of_time.py
+	.venv-floor/bin/python -P -m pytest tests/test_attention_gluon.py -k compile
 
 docs-tables: .venv/.core
 	.venv/bin/python benchmarks/tables.py
