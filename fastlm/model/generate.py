@@ -191,12 +191,12 @@ class Generation:
         sources = [prompts.index(request.prompt) for request in requests]
         self._step, self._cache = self._new_step(requests, len(prompts))
         if isinstance(self._step, DirectStep) and self._step.reads(prompts):
-            logits = self._step.read(prompts)
+            logits, lengths = self._step.read(prompts), self._cache.lengths
         else:
             first = self._cache.part(0, len(prompts))
-            logits = prefill(model, prompts, first)[sources]
-            self._cache.spread(sources, first.lengths)
-        self._logits = logits[:, None]
+            logits, lengths = prefill(model, prompts, first), first.lengths
+        self._logits = logits[sources][:, None]
+        self._cache.spread(sources, lengths)
         self._tokens = torch.zeros(len(requests), dtype=torch.int64, device=device)
         self._steps = torch.zeros_like(self._tokens)
         self._starts = torch.tensor([len(request.prompt) for request in requests], device=device)
