@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import runpy
+import statistics
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from fastlm.cli import main
 
 ROOT = Path(__file__).parent.parent
 GPU_SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -20,8 +25,10 @@ PLAIN = {name: value for name, value in os.environ.items() if name != "TRITON_IN
 
 FIELDS = {
     "op", "mode", "provider", "shape", "dtype", "ms_p50", "ms_p20", "ms_p80", "tflops", "gbps",
-    "fraction_of_peak", "peak_mib", "max_rel_err", "inputs",
+    "fraction_of_peak", "peak_mib", "max_rel_err", "inputs", "baseline", "speedup",
 }  # fmt: skip
+LOSS = ("cross_entropy", "--shapes", "N=768,V=65")
+HEADS = ("--shapes", "T=48,H=4,G=2,D=16")
 
 # As long as the plan, with every way a stage can end.
 STAGES = """
@@ -37,17 +44,21 @@ def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
 
 
-def benchmark(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = ROOT / "benchmarks" / "run.py"
-    return run(
-        sys.executable, script, *arguments, "--device", "cpu", "--quick", "--out", out, env=PLAIN
-    )
+def bench(out: Path, *arguments: str) -> int:
+    """The exit code of ``fastlm bench``."""
+    return main(["bench", *arguments, "--device", "cpu", "--json", str(out / "rows.json")])
+
+
+def planted(out: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same after ``code`` has run in the process."""
+    words = [*arguments, "--device", "cpu", "--json", str(out / "rows.json")]
+    rest = f"\nimport sys\nfrom fastlm.benchmarks.__main__ import main\nsys.exit(main({words!r}))"
+    return run(sys.executable, "-P", "-c", code + rest, env=PLAIN)
 
 
 def test_rows_have_the_fields_readers_rely_on_and_a_second_call_adds_none(tmp_path):
-    first = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
-    assert first.returncode == 0, first.stdout + first.stderr
-    content = json.loads((tmp_path / "cross_entropy.quick.json").read_text())
+    assert bench(tmp_path, *LOSS, "--only", "torch", "fastlm") == 0
+    content = json.loads((tmp_path / "rows.json").read_text())
     assert {"device", "torch", "triton", "git", "date", "ceilings"} <= content["env"].keys()
     assert {(r["mode"], r["provider"]) for r in content["rows"]} == {
         (mode, provider) for mode in ("fwd", "fwd_bwd") for provider in ("torch", "fastlm")
@@ -57,73 +68,142 @@ def test_rows_have_the_fields_readers_rely_on_and_a_second_call_adds_none(tmp_pa
         assert row["inputs"] == "random"
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert 0 < row["max_rel_err"] < 1e-3
-    benchmark(tmp_path, "cross_entropy", "--only", "fastlm", "torch")
-    assert rows_of(tmp_path, "cross_entropy") == content["rows"]
+        assert (row["speedup"] == 1) == (row["provider"] == row["baseline"] == "torch")
+    assert bench(tmp_path, *LOSS, "--only", "fastlm,torch") == 0
+    assert rows_of(tmp_path) == content["rows"]
+
+
+def test_every_call_behind_a_row_is_kept(tmp_path):
+    bench(tmp_path, *LOSS, "--mode", "fwd", "--only", "torch", "fastlm")
+    rows = rows_of(tmp_path)
+    assert [row["mode"] for row in rows] == ["fwd", "fwd"]
+    with zipfile.ZipFile(tmp_path / "rows.samples.zip") as archive:
+        samples = json.loads(archive.read("samples.json"))
+    for row, (key, times) in zip(rows, samples.items(), strict=True):
+        assert json.loads(key)[-1] == row["provider"]
+        assert statistics.median(times) == row["ms_p50"]
+        assert len(times) >= 5
+    ratios = map(operator.truediv, *samples.values())
+    assert statistics.median(ratios) == rows[1]["speedup"]
 
 
 def test_a_call_for_a_few_leaves_the_others_to_the_next(tmp_path):
-    benchmark(tmp_path, "cross_entropy", "--only", "fastlm")
-    before = rows_of(tmp_path, "cross_entropy")
-    later = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
-    assert later.returncode == 0, later.stdout + later.stderr
-    rows = rows_of(tmp_path, "cross_entropy")
+    bench(tmp_path, *LOSS, "--only", "fastlm")
+    before = rows_of(tmp_path)
+    assert bench(tmp_path, *LOSS, "--only", "torch", "fastlm") == 0
+    rows = rows_of(tmp_path)
     assert rows[: len(before)] == before
     assert [(row["mode"], row["provider"]) for row in rows] == [
         ("fwd", "fastlm"), ("fwd_bwd", "fastlm"), ("fwd", "torch"), ("fwd_bwd", "torch"),
     ]  # fmt: skip
 
 
-def test_who_ran_when_the_process_ended_is_not_tried_again_and_others_are(tmp_path):
-    planted = f"""
+DIES = """
 import os
 import fastlm
 fastlm.cross_entropy = lambda *args: os._exit(9)
-from fastlm.benchmarks.__main__ import main
-options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
-main(["cross_entropy", *options])
 """
-    assert run(sys.executable, "-P", "-c", planted, env=PLAIN).returncode == 9
-    done = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
-    assert done.returncode == 1, done.stdout + done.stderr
-    rows = rows_of(tmp_path, "cross_entropy")
+
+
+def test_who_ran_when_the_process_ended_is_not_tried_again_and_others_are(tmp_path):
+    assert planted(tmp_path, DIES, *LOSS, "--only", "fastlm").returncode == 9
+    assert bench(tmp_path, *LOSS, "--only", "torch", "fastlm") == 1
+    rows = rows_of(tmp_path)
     assert [(row["mode"], row["provider"], row.get("failed")) for row in rows] == [
         ("fwd", "fastlm", "ended the process"), ("fwd_bwd", "fastlm", "ended the process"),
         ("fwd", "torch", None), ("fwd_bwd", "torch", None),
     ]  # fmt: skip
 
 
-def test_a_wrong_result_has_no_speed(tmp_path):
-    planted = f"""
-import torch
+OFF_BY_A_THOUSANDTH = """
 from fastlm.ops.eager import cross_entropy
 right = cross_entropy.backward
 cross_entropy.backward = lambda *args: right(*args) * 1.001
-from fastlm.benchmarks.__main__ import main
-options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
-raise SystemExit(main(["cross_entropy", *options]))
 """
-    done = run(sys.executable, "-P", "-c", planted, env=PLAIN)
+
+
+def test_a_wrong_result_has_no_speed(tmp_path):
+    done = planted(tmp_path, OFF_BY_A_THOUSANDTH, *LOSS, "--only", "fastlm")
     assert done.returncode == 1, done.stdout + done.stderr
-    forward, backward = json.loads((tmp_path / "cross_entropy.quick.json").read_text())["rows"]
+    forward, backward = rows_of(tmp_path)
     assert "ms_p50" in forward
     assert "ms_p50" not in backward
-    assert "AssertionError" in backward["failed"]
+    assert backward["wrong"].startswith("fastlm fwd_bwd, output 1: error ")
+
+
+# Each of these would be the fastest of all.
+CHEATS = """
+import dataclasses
+import torch
+import torch.nn.functional as F
+from fastlm.benchmarks import _providers, loss
+from fastlm.benchmarks._harness import REGISTRY
+
+class Cheat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, kind, state):
+        with torch.enable_grad():
+            x = logits.detach().requires_grad_()
+            honest = F.cross_entropy(x, target)
+        result = honest.detach(), torch.autograd.grad(honest, x)[0]
+        state["calls"] = state.get("calls", 0) + 1
+        if kind == "zeros":
+            result = tuple(torch.zeros_like(y) for y in result)
+        if kind == "skips":
+            result = result[0], torch.zeros_like(x)
+        if kind == "cached":
+            result = state.setdefault("kept", result)
+        if kind == "stale":
+            # as a graph that was recorded once it was warm
+            result = state.setdefault("kept", result) if state["calls"] > 4 else result
+        ctx.save_for_backward(result[1])
+        return result[0].clone()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return dloss * ctx.saved_tensors[0], None, None, None
+
+def planted(kind):
+    state = {}
+    return lambda device: lambda logits, target: Cheat.apply(logits, target, kind, state)
+
+kinds = ("honest", "zeros", "skips", "cached", "stale")
+for kind in kinds:
+    _providers.PROVIDERS[kind] = _providers.Source(kind)
+    loss.LOGITS_PROVIDERS[kind] = planted(kind)
+loss.LOGITS_PROVIDERS["detaches"] = lambda device: lambda x, y: F.cross_entropy(x.detach(), y)
+_providers.PROVIDERS["detaches"] = _providers.Source("no gradient at all")
+bench = REGISTRY["cross_entropy"]
+REGISTRY["cross_entropy"] = dataclasses.replace(
+    bench, providers=(*bench.providers, *kinds, "detaches")
+)
+"""
+
+
+def test_cheats_are_marked_wrong_and_have_no_speed(tmp_path):
+    done = planted(tmp_path, CHEATS, *LOSS, "--only", "honest,zeros,skips,cached,stale,detaches")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["provider"], row["mode"]): row for row in rows_of(tmp_path)}
+    for mode in ("fwd", "fwd_bwd"):
+        assert "ms_p50" in rows["honest", mode]
+        for kind in ("zeros", "cached", "stale"):
+            assert "wrong" in rows[kind, mode], rows[kind, mode]
+    assert "ms_p50" in rows["skips", "fwd"]
+    assert "output 1" in rows["skips", "fwd_bwd"]["wrong"]
+    assert "does not require grad" in rows["detaches", "fwd_bwd"]["failed"]
+    assert "result of another call" in rows["stale", "fwd"]["wrong"]
+    assert all("ms_p50" not in row for row in rows.values() if row.keys() & {"wrong", "failed"})
+
+
+NO_CCE = "import sys; sys.modules['cut_cross_entropy'] = None"
 
 
 def test_the_linear_loss_is_measured_beside_its_products_and_names_who_is_absent(tmp_path):
-    without_a_peer = f"""
-import runpy, sys
-sys.modules["cut_cross_entropy"] = None
-script = {str(ROOT / "benchmarks" / "loss.py")!r}
-providers = ["--only", "torch", "fastlm", "products", "cce", "cuda"]
-sys.argv = [script, "--device", "cpu", "--quick", *providers, "--out", {str(tmp_path)!r}]
-runpy.run_path(script, run_name="__main__")
-"""
-    done = run(sys.executable, "-P", "-c", without_a_peer, env=PLAIN)
+    providers = ["--only", "torch", "fastlm", "products", "cce", "cuda"]
+    small = ["linear_cross_entropy", "--shapes", "N=64,C=32,V=65"]
+    done = planted(tmp_path, NO_CCE, *small, *providers)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "cross_entropy.quick.json").exists()
-    content = json.loads((tmp_path / "linear_cross_entropy.quick.json").read_text())
-    rows = [row for row in content["rows"] if row["mode"] == "fwd_bwd"]
+    rows = rows_of(tmp_path, mode="fwd_bwd", inputs="random")
     by_provider = {row["provider"]: row for row in rows}
     assert by_provider.keys() == {"torch", "fastlm", "products", "cce", "cuda"}
     assert by_provider["products"]["ms_p50"] > 0
@@ -133,26 +213,23 @@ runpy.run_path(script, run_name="__main__")
     assert "absent: import of cut_cross_entropy halted" in done.stdout
 
 
+NO_FLASH = "import sys; sys.modules['flash_attn'] = None"
+
+
 def test_attention_is_measured_with_every_option_and_names_who_cannot(tmp_path):
-    without_a_peer = f"""
-import runpy, sys
-sys.modules["flash_attn"] = None
-script = {str(ROOT / "benchmarks" / "attention.py")!r}
-providers = ["--only", "sdpa.mask", "sdpa.cudnn", "varlen", "flash-attn", "torch", "fastlm"]
-sys.argv = [script, "--device", "cpu", "--quick", *providers, "--out", {str(tmp_path)!r}]
-runpy.run_path(script, run_name="__main__")
-"""
-    done = run(sys.executable, "-P", "-c", without_a_peer, env=PLAIN)
+    providers = ["--only", "sdpa.mask", "sdpa.cudnn", "varlen", "flash-attn", "torch", "fastlm"]
+    ops = ["--op", "attention", "attention_options"]
+    done = planted(tmp_path, NO_FLASH, *ops, *HEADS, *providers)
     assert done.returncode == 0, done.stdout + done.stderr
-    (causal,) = rows_of(tmp_path, "attention", mode="bwd", provider="fastlm")
+    (causal,) = rows_of(tmp_path, op="attention", mode="bwd", provider="fastlm")
     assert causal.keys() == FIELDS
-    forced = rows_of(tmp_path, "attention", provider="sdpa.cudnn")
+    forced = rows_of(tmp_path, provider="sdpa.cudnn")
     assert [row["mode"] for row in forced] == ["fwd", "bwd", "fwd_bwd"]
     assert all("RuntimeError" in row["failed"] for row in forced)
     for kind in ("window", "packed", "padded", "prefix", "softcap", "sinks"):
-        (row,) = rows_of(tmp_path, "attention_options", inputs=kind, mode="bwd", provider="fastlm")
+        (row,) = rows_of(tmp_path, inputs=kind, mode="bwd", provider="fastlm")
         assert row["tflops"] > 0
-        found = rows_of(tmp_path, "attention_options", inputs=kind, mode="fwd")
+        found = rows_of(tmp_path, inputs=kind, mode="fwd")
         by_provider = {row["provider"]: row for row in found}
         assert by_provider.keys() >= {"varlen", "flash-attn", "torch", "fastlm", "sdpa.mask"}
         takes_mask = kind not in ("softcap", "sinks")
@@ -161,13 +238,36 @@ runpy.run_path(script, run_name="__main__")
         assert "flash_attn" in by_provider["flash-attn"]["absent"]
 
 
-def rows_of(folder: Path, op: str, **wanted: str) -> list[dict]:
-    rows = json.loads((folder / f"{op}.quick.json").read_text())["rows"]
+def test_small_ops_are_measured_beside_torch_and_transformers(tmp_path):
+    sizes = {"rms_norm": "N=16,C=32", "glu": "N=16,I=32", "apply_rotary": "T=16,D=16"}
+    for op, shape in sizes.items():
+        others = ("torch",) if op == "glu" else ("torch", "transformers")
+        assert bench(tmp_path, op, "--shapes", shape, "--only", *others, "fastlm") == 0
+        rows = rows_of(tmp_path, op=op)
+        assert {row["provider"] for row in rows} == {"fastlm", *others}
+        assert {row["mode"] for row in rows} == {"fwd", "bwd", "fwd_bwd"}
+        assert all(row["max_rel_err"] < 1e-6 for row in rows)
+
+
+FEW = """
+from fastlm.benchmarks import _options, _suite
+_options.OPS = _suite.OPS = {"glu": "pointwise"}
+_suite._models = lambda options: []
+"""
+
+
+def test_a_quick_run_with_few_others_fails(tmp_path):
+    done = planted(tmp_path, FEW, "--shapes", "N=16,I=32")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("only 2 providers of others ran, of 4: torch")
+
+
+def rows_of(folder: Path, **wanted: str) -> list[dict]:
+    rows = json.loads((folder / "rows.json").read_text())["rows"]
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def test_a_wrong_gradient_of_attention_has_no_speed(tmp_path):
-    planted = f"""
+WRONG_GRADIENT = """
 import torch
 from fastlm.ops import attention
 right = attention.with_torchs_graph
@@ -175,13 +275,13 @@ class Wrong(torch.autograd.Function):
     forward = staticmethod(lambda ctx, out: out.clone())
     backward = staticmethod(lambda ctx, dout: dout * 1.001)
 attention.with_torchs_graph = lambda *args: Wrong.apply(right(*args))
-from fastlm.benchmarks.__main__ import main
-options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
-raise SystemExit(main(["attention", *options]))
 """
-    done = run(sys.executable, "-P", "-c", planted, env=PLAIN)
+
+
+def test_a_wrong_gradient_of_attention_has_no_speed(tmp_path):
+    done = planted(tmp_path, WRONG_GRADIENT, "attention", *HEADS, "--only", "fastlm")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert [("ms_p50" in row, row["mode"]) for row in rows_of(tmp_path, "attention")] == [
+    assert [("ms_p50" in row, row["mode"]) for row in rows_of(tmp_path)] == [
         (True, "fwd"), (False, "bwd"), (False, "fwd_bwd"),
     ]  # fmt: skip
 
@@ -201,16 +301,16 @@ def test_work_of_attention_is_counted_over_pairs_that_see_each_other():
     done = run(sys.executable, "-P", "-c", PAIRS, env=PLAIN)
     assert done.returncode == 0, done.stderr
     seen = dict(line.split() for line in done.stdout.splitlines())
-    # 48 queries of which the first 15 see fewer than 16 keys; 16 after 32 keys; triangles
-    assert int(seen["window"]) == 2 * (48 * 16 - 15 * 16 // 2)
-    assert int(seen["prefix"]) == 16 * 32 + 16 * 17 // 2
+    # 1024 queries of which the first 127 see fewer than 128 keys; 128 after 384 keys; triangles
+    assert int(seen["window"]) == 1024 * 128 - 127 * 128 // 2
+    assert int(seen["prefix"]) == 128 * 384 + 128 * 129 // 2
     assert int(seen["causal"]) == 12 * 64 * 65 // 2
-    assert int(seen["packed"]) < 96 * 97 // 2
+    assert int(seen["packed"]) < 1024 * 1025 // 2
 
 
 PEAKS = """
 import torch
-from fastlm.benchmarks._harness import extra_peak_mib
+from fastlm.benchmarks._memory import extra_peak_mib
 
 def call():
     scratch = torch.ones(64 << 20)
@@ -229,33 +329,36 @@ def test_the_peak_on_a_cpu_is_what_a_call_holds_beside_its_results():
     assert 254 < scratch < 260
 
 
-def test_unknown_benchmark_is_a_usage_error(tmp_path):
-    done = benchmark(tmp_path, "atention")
-    assert done.returncode == 2
-    assert "'atention'" in done.stderr
-
-
-def test_an_unknown_provider_is_a_usage_error(tmp_path):
-    done = benchmark(tmp_path, "attention", "attention_options", "--only", "sdpa.mask", "liger")
-    assert done.returncode == 2
-    assert "no provider 'liger' here: sdpa, " in done.stderr
+def test_mistakes_are_usage_errors_that_name_what_there_is(tmp_path, capsys):
+    for words, message in (
+        (["atention"], "there is no benchmark 'atention': attention, "),
+        (["attention", "--only", "sdpa,liger"], "no provider 'liger' here: sdpa, "),
+        (["glu", "--shapes", "V=8"], "glu has the sizes N, I, not V"),
+        (["glu", "--shapes", "many"], "--shapes must be like N=1024,V=32000, got many"),
+        (["glu", "--suit", "full"], "unrecognized options: --suit full, did you mean --suite?"),
+        (["glu", "--suite", "gpu"], "--suite gpu needs a GPU that torch sees"),
+    ):
+        assert bench(tmp_path, *words) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_results_is_said_to_have_none(tmp_path):
-    done = run(sys.executable, ROOT / "benchmarks" / "run.py", "--show", tmp_path, env=PLAIN)
-    assert done.returncode == 1
-    assert done.stderr == f"no results in {tmp_path}\n"
+def test_a_folder_without_results_is_said_to_have_none(tmp_path, capsys):
+    assert main(["bench", "--show", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"fastlm: bench: no results in {tmp_path}\n"
 
 
-def test_the_committed_tables_can_be_shown():
+def test_the_committed_tables_can_be_shown(capsys):
     folder = ROOT / "benchmarks" / "results" / "cpu-2-cores"
-    done = run(sys.executable, ROOT / "benchmarks" / "run.py", "--show", folder, env=PLAIN)
-    assert done.returncode == 0, done.stderr
-    files = {path.stem for path in folder.iterdir()}
-    titles = [line for line in done.stdout.splitlines() if line in files]
-    assert titles == ["attention", "attention_options", "cross_entropy", "linear_cross_entropy"]
-    assert max(map(len, done.stdout.splitlines())) < 250
+    assert main(["bench", "--show", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line in {path.stem for path in folder.iterdir()}]
+    assert list(dict.fromkeys(titles)) == [
+        "attention", "attention_options", "cross_entropy", "linear_cross_entropy",
+    ]  # fmt: skip
+    assert max(map(len, lines)) < 250
 
 
 def test_every_stage_of_the_plan_finds_its_function():
