@@ -7,6 +7,7 @@ user has without fastlm.  Who is wrong (``_judge.py``) has no speed.
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import _judge
 from ._judge import Outputs
 from ._memory import extra_peak_mib
+from ._options import OPS
 from ._providers import OURS, PROVIDERS, Make, Provider
 from ._timing import LONG, Ceilings, Prepare, interleaved, name_of, percentiles, speedups
 
@@ -128,6 +130,12 @@ def benchmark(
     return register
 
 
+def registered(op: str) -> Benchmark:
+    """The benchmark of an op; its module is imported when it is asked for."""
+    importlib.import_module(f"fastlm.benchmarks.{OPS[op]}")
+    return REGISTRY[op]
+
+
 def run_case(
     bench: Benchmark, case: Case, problem: Problem, mode: str, dtype: torch.dtype, device: str,
     ceilings: Ceilings, *, wanted: Iterable[str], seconds: float = 2.0, baseline: str | None = None,
@@ -156,7 +164,7 @@ def run_case(
         others[name] = functools.partial(_on_other_numbers, case, name, provider, mode)
         try:
             fingerprints[name] = _judge.fingerprint(others[name]())
-            prepare = functools.partial(_prepared, provider, case.inputs_of(name), mode)
+            prepare = functools.partial(prepared, provider, case.inputs_of(name), mode)
             outputs = prepare()()
             if name in OURS:
                 usual = plain or call_plain(case, mode)
@@ -219,15 +227,15 @@ def call_plain(case: Case, mode: str) -> Outputs:
     """The yardstick's result, where it is not timed itself."""
     provider = case.provider(next(iter(case.providers)))
     assert not isinstance(provider, str), "the yardstick is what every user has"
-    return _prepared(provider, case.inputs, mode)()
+    return prepared(provider, case.inputs, mode)()
 
 
 def _on_other_numbers(case: Case, name: str, provider: Callable[..., Any], mode: str) -> Outputs:
     with _judge.other_numbers(case.inputs):
-        return _prepared(provider, case.inputs_of(name), mode, upstream=-2.0)()
+        return prepared(provider, case.inputs_of(name), mode, upstream=-2.0)()
 
 
-def _prepared(
+def prepared(
     provider: Callable[..., Any], inputs: tuple[Tensor, ...], mode: str, *, upstream: float = 1.0
 ) -> Callable[[], Outputs]:
     """The call to be timed: for ``bwd`` once, after its forward, since it frees what it used.

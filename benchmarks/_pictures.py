@@ -153,7 +153,7 @@ def _roofline(rows: list[Row], env: Row) -> Figure | None:
     dtype, bandwidth = rows[0]["dtype"], env["ceilings"]["gbps"]
     peak = 1e3 * env["ceilings"]["tflops"][dtype]
     rows = [row for row in rows if row["dtype"] == dtype]
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = _panels(1, width=5.0)
     palette = colors(dict.fromkeys(row["provider"] for row in rows))
     points = [(1e3 * row["tflops"] / row["gbps"], 1e3 * row["tflops"]) for row in rows]
     knee = peak / bandwidth
@@ -165,7 +165,7 @@ def _roofline(rows: list[Row], env: Row) -> Figure | None:
         textcoords="offset points", ha="right", fontsize=8,
     )  # fmt: skip
     axes.annotate(
-        f"copy {bandwidth:.1f} GB/s", (left, left * bandwidth), xytext=(0, 14),
+        f"copy {bandwidth:.1f} GB/s", (left, left * bandwidth), xytext=(12, 0),
         textcoords="offset points", fontsize=8,
     )  # fmt: skip
     for row, (x, y) in zip(rows, points, strict=True):
@@ -226,7 +226,7 @@ def _tokens(rows: list[Row]) -> Figure | None:
 
 def _panels(count: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * count + 1.8, 4.4), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.88))  # type: ignore[union-attr, call-arg]
+    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))  # type: ignore[union-attr, call-arg]
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import signal
 import sys
@@ -23,7 +22,7 @@ from fastlm._errors import ArgumentError, UserError
 
 from . import _harness, _liger_csv, _report, _samples
 from ._console import Console
-from ._harness import REGISTRY, Benchmark, Problem
+from ._harness import Benchmark, Problem, registered
 from ._options import MODELS, OPS
 from ._providers import OURS, kind_of
 from ._timing import Ceilings, measure_ceilings
@@ -87,7 +86,7 @@ class _Run:
 
     def op(self, op: str, problems: list[Problem]) -> bool:
         """Whether no time ran out."""
-        bench = _benchmark(op)
+        bench = registered(op)
         self._console.begin(op)
         for row in self._rows:
             if row["op"] == op:
@@ -175,7 +174,7 @@ def _work(options: argparse.Namespace, device: str) -> dict[str, list[Problem]]:
     asked = [op for op in options.ops or OPS if op in OPS]
     found: dict[str, list[Problem]] = {}
     for op in asked:
-        bench = _benchmark(op)
+        bench = registered(op)
         problems = _reshaped(op, bench.sizes[size], options.shapes)
         if options.mode:
             problems = [
@@ -185,7 +184,7 @@ def _work(options: argparse.Namespace, device: str) -> dict[str, list[Problem]]:
         problems = [x for x in problems if x.modes and bench.wanted(x, options.only)]
         if problems:
             found[op] = problems
-    known = {name: None for op in asked for name in _benchmark(op).providers}
+    known = {name: None for op in asked for name in registered(op).providers}
     for name in (*options.only, *([options.baseline] if options.baseline else [])):
         if asked and name not in known:
             raise ArgumentError(f"bench: there is no provider {name!r} here: {', '.join(known)}")
@@ -211,11 +210,6 @@ def _reshaped(op: str, problems: list[Problem], shapes: list[dict[str, int]]) ->
         for shape in shapes
         if shape.keys() <= x.shape.keys()
     ]
-
-
-def _benchmark(op: str) -> Benchmark:
-    importlib.import_module(f"fastlm.benchmarks.{OPS[op]}")
-    return REGISTRY[op]
 
 
 def _models(options: argparse.Namespace) -> list[str]:
