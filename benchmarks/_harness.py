@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,17 @@ class Benchmark:
 
 
 REGISTRY: dict[str, Benchmark] = {}
+
+
+def quick(problems: Sequence[Problem], fast: tuple[str, ...]) -> list[Problem]:
+    """All providers run on the first, forward and backward; elsewhere those of ``fast``, for which
+    nothing has to be compiled."""
+    first, *others = problems
+    rest = [replace(x, only=fast) for x in others]
+    if "fwd_bwd" not in first.modes:
+        return [first, *rest]
+    alone = tuple(mode for mode in first.modes if mode != "fwd_bwd")
+    return [replace(first, modes=("fwd_bwd",)), replace(first, only=fast, modes=alone), *rest]
 
 
 def benchmark(

@@ -32,10 +32,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Fewer of others in a quick run show nothing.
 LEAST_FOREIGN = 4
 # Of a case, for all its rounds.
-SECONDS = {"quick": 0.5, "full": 2.0, "gpu": 2.0}
+SECONDS = {"quick": 0.4, "full": 2.0, "gpu": 2.0}
+QUICK_MODES = ("fwd", "fwd_bwd")
 # Flags of the whole models in a quick run.
 QUICK_MODELS = {
-    "train_step": ["--rounds", "5", "--large-vocab", "8192"],
+    "train_step": ["--hidden", "128", "--batch", "2", "--rounds", "7", "--large-vocab", "0"],
     "generate": ["--size", "1M", "--rounds", "3", "--only", "transformers", "fastlm", "products"],
 }
 
@@ -176,11 +177,8 @@ def _work(options: argparse.Namespace, device: str) -> dict[str, list[Problem]]:
     for op in asked:
         bench = registered(op)
         problems = _reshaped(op, bench.sizes[size], options.shapes)
-        if options.mode:
-            problems = [
-                replace(x, modes=tuple(mode for mode in x.modes if mode in options.mode))
-                for x in problems
-            ]
+        if modes := options.mode or (QUICK_MODES if size == "quick" else None):
+            problems = [replace(x, modes=tuple(m for m in x.modes if m in modes)) for x in problems]
         problems = [x for x in problems if x.modes and bench.wanted(x, options.only)]
         if problems:
             found[op] = problems
@@ -197,7 +195,10 @@ def _reshaped(op: str, problems: list[Problem], shapes: list[dict[str, int]]) ->
     """The first problem of each kind of inputs, in ``shapes``; and whoever can may run there."""
     if not shapes:
         return problems
-    kinds = {x.inputs: x for x in reversed(problems)}
+    kinds: dict[str, Problem] = {}
+    for x in problems:
+        first = kinds.setdefault(x.inputs, x)
+        kinds[x.inputs] = replace(first, modes=tuple(dict.fromkeys((*first.modes, *x.modes))))
     for shape in shapes:
         for name in shape:
             if not any(name in x.shape for x in kinds.values()):
@@ -206,7 +207,7 @@ def _reshaped(op: str, problems: list[Problem], shapes: list[dict[str, int]]) ->
                 )
     return [
         replace(x, shape={**x.shape, **shape}, only=())
-        for x in reversed(kinds.values())
+        for x in kinds.values()
         for shape in shapes
         if shape.keys() <= x.shape.keys()
     ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
-from fastlm.benchmarks._harness import Case, Problem, benchmark, cotangent
+from fastlm.benchmarks._harness import Case, Problem, benchmark, cotangent, quick
 from fastlm.benchmarks._judge import Outputs
 from fastlm.benchmarks._providers import Make, Provider, compiled, cuda_kernels, given
 from fastlm.ops.attention import BACKENDS
@@ -86,18 +86,22 @@ CPU_OPTIONS = [
     _problem("softcap", ("torch", "fastlm"), B=4, T=256, H=6, G=6, D=64),
     _problem("sinks", ("torch", "fastlm"), B=1, T=1024, H=12, G=4, D=64),
 ]
-# a compiled function has to be made for every size: on one of the quick ones
 _UNCOMPILED = (*FUSED, "sdpa.math", "torch", "sdpa.mask", "sdpa.built", "varlen")
-QUICK = [_causal(1, 512, 6, 64)]
-QUICK += [_causal(1, t, 6, 64, *_UNCOMPILED) for t in (128, 256, 1024)]
-QUICK_OPTIONS = [
-    _problem("window", B=1, T=1024, H=6, G=6, D=64, W=128),
-    _problem("packed", _UNCOMPILED, B=1, T=1024, H=6, G=6, D=64, docs=8),
-    _problem("padded", _UNCOMPILED, B=4, T=256, H=6, G=6, D=64),
-    _problem("prefix", _UNCOMPILED, B=1, T=128, S=512, H=6, G=6, D=64),
-    _problem("softcap", _UNCOMPILED, B=2, T=256, H=6, G=6, D=64),
-    _problem("sinks", _UNCOMPILED, B=2, T=256, H=6, G=2, D=64),
-]
+QUICK = quick([_causal(1, t, 4, 64) for t in (256, 128, 512)], _UNCOMPILED)
+QUICK += [replace(QUICK[0], only=("flex",), modes=("fwd",))]
+_WINDOW = _problem("window", B=1, T=512, H=4, G=4, D=64, W=64)
+QUICK_OPTIONS = quick(
+    [
+        _WINDOW,
+        _problem("packed", B=1, T=512, H=4, G=4, D=64, docs=8),
+        _problem("padded", B=4, T=128, H=4, G=4, D=64),
+        _problem("prefix", B=1, T=64, S=512, H=4, G=4, D=64),
+        _problem("softcap", B=1, T=256, H=4, G=4, D=64),
+        _problem("sinks", B=1, T=256, H=4, G=2, D=64),
+    ],
+    _UNCOMPILED,
+)
+QUICK_OPTIONS += [replace(_WINDOW, only=("flex",), modes=("fwd",))]
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ All there is to it is reading the cache: ``fraction_of_peak`` is the bandwidth o
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastlm
-from fastlm.benchmarks._harness import Case, Problem, benchmark
+from fastlm.benchmarks._harness import Case, Problem, benchmark, quick
 from fastlm.benchmarks._judge import Outputs
 from fastlm.benchmarks._providers import Provider, compiled, cuda_kernels, given, installed
 from fastlm.ops.attention_with_kv_cache import BACKENDS
@@ -33,12 +32,10 @@ GPU = [
 ]  # fmt: skip
 GPU += [_cache(16, 32_768, 16, 16, 64), _cache(16, 32_768, 64, 8, 256)]
 CPU = [_cache(1, 1024, 8, 4, 64), _cache(1, 16_384, 8, 4, 64), _cache(8, 2048, 8, 8, 64)]
-QUICK = [_cache(1, 4096, 8, 4, 64)]
-# a compiled function has to be made for every size
-QUICK += [
-    replace(_cache(1, length, 8, 4, 64), only=("sdpa", "torch", "flash-attn", "fastlm", "cuda"))
-    for length in (512, 1024, 16_384)
-]
+QUICK = quick(
+    [_cache(1, length, 8, 4, 64) for length in (2048, 512, 8192)],
+    ("sdpa", "torch", "flash-attn", "fastlm", "cuda"),
+)
 PROVIDERS = ("sdpa", "torch", "torch.compile", "flex", "flash-attn", "fastlm", "cuda")
 
 

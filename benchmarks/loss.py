@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm
-from fastlm.benchmarks._harness import Case, Problem, benchmark
+from fastlm.benchmarks._harness import Case, Problem, benchmark, quick
 from fastlm.benchmarks._judge import Outputs
 from fastlm.benchmarks._providers import Provider, compiled, cuda_kernels, installed
 from fastlm.ops.cross_entropy import BACKENDS as LOGITS_BACKENDS
@@ -58,16 +57,13 @@ CPU_LAYERS += [
         modes=("fwd_bwd",),
     )
 ]
-# a compiled function has to be made for every size: on one of the quick ones
 _FAST = ("torch", "torch.chunked", "liger", "quack", "fastlm", "cuda", "products")
-QUICK_LOGITS = _logits((512, 8192))
-QUICK_LOGITS += [replace(x, only=_FAST) for x in _logits((512, 1024), (512, 4096), (512, 32_768))]
-QUICK_LAYERS = _layers((256, 256, 8192))
-QUICK_LAYERS += [
-    replace(x, only=_FAST)
-    for x in _layers((256, 256, 1024), (256, 256, 4096), (256, 256, 32_768))
-    + _layers((256, 256, 8192), inputs="peaked")
-]
+QUICK_LOGITS = quick(_logits((128, 8192), (128, 1024), (128, 32_768)), _FAST)
+QUICK_LAYERS = quick(
+    _layers((128, 128, 8192), (128, 128, 1024), (128, 128, 32_768))
+    + _layers((128, 128, 8192), inputs="peaked"),
+    _FAST,
+)
 # Name to a function of the device; the yardstick first.
 Providers = dict[str, Callable[[str], Provider]]
 LOGITS_PROVIDERS: Providers = {

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm.benchmarks._harness import Case, Problem, benchmark, cotangent
+from fastlm.benchmarks._harness import Case, Problem, benchmark, cotangent, quick
 from fastlm.benchmarks._judge import Outputs
 from fastlm.benchmarks._providers import Provider, compiled, cuda_kernels, given, installed
 from fastlm.ops.glu import BACKENDS as GLU_BACKENDS
@@ -25,30 +25,27 @@ EPS = 1e-6
 LIGER = "liger_kernel.transformers.functional"
 LLAMA = "transformers.models.llama.modeling_llama"
 MODES = ("fwd", "bwd", "fwd_bwd")
-# a compiled function has to be made for every size: on one of the quick ones
 _FAST = ("torch", "transformers", "liger", "quack", "flash-attn", "fastlm", "cuda")
 
 
-def _matrices(width: str, *sizes: tuple[int, int], only: tuple[str, ...] = ()) -> list[Problem]:
-    return [Problem({"N": n, width: size}, only, modes=MODES) for n, size in sizes]
+def _matrices(width: str, *sizes: tuple[int, int]) -> list[Problem]:
+    return [Problem({"N": n, width: size}, modes=MODES) for n, size in sizes]
 
 
-def _heads(*sizes: tuple[int, int, int, int, int], only: tuple[str, ...] = ()) -> list[Problem]:
-    names = ("B", "T", "H", "G", "D")
-    return [Problem(dict(zip(names, size, strict=True)), only, modes=MODES) for size in sizes]
+def _heads(*sizes: tuple[int, int, int, int, int]) -> list[Problem]:
+    return [Problem(dict(zip("BTHGD", size, strict=True)), modes=MODES) for size in sizes]
 
 
 # the widths of GPT-2, Llama 3 8B and 70B
 GPU_NORM = _matrices("C", (16_384, 768), (16_384, 4096), (16_384, 8192))
 CPU_NORM = _matrices("C", (1024, 128), (1024, 768), (1024, 4096))
-QUICK_NORM = _matrices("C", (512, 768)) + _matrices("C", (512, 128), (512, 4096), only=_FAST)
+QUICK_NORM = quick(_matrices("C", (256, 768), (256, 128), (256, 4096)), _FAST)
 GPU_GLU = _matrices("I", (16_384, 3072), (16_384, 14_336), (8192, 28_672))
 CPU_GLU = _matrices("I", (1024, 384), (1024, 2048), (1024, 14_336))
-QUICK_GLU = _matrices("I", (512, 2048)) + _matrices("I", (512, 384), (512, 8192), only=_FAST)
+QUICK_GLU = quick(_matrices("I", (256, 2048), (256, 384), (256, 8192)), _FAST)
 GPU_ROTARY = _heads((16, 1024, 12, 12, 64), (2, 8192, 32, 8, 128), (1, 16_384, 64, 8, 128))
 CPU_ROTARY = _heads((4, 256, 6, 6, 64), (1, 2048, 12, 4, 64), (1, 2048, 32, 8, 128))
-QUICK_ROTARY = _heads((1, 512, 12, 4, 64))
-QUICK_ROTARY += _heads((1, 128, 12, 4, 64), (1, 2048, 12, 4, 64), only=_FAST)
+QUICK_ROTARY = quick(_heads((1, 512, 8, 2, 64), (1, 128, 8, 2, 64), (1, 2048, 8, 2, 64)), _FAST)
 
 NORM_PROVIDERS = ("torch", "torch.compile", "transformers", "liger", "quack", "fastlm", "cuda")
 ROTARY_PROVIDERS = (

@@ -136,13 +136,16 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for field in dataclasses.fields(Shape):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--vocab", type=int, default=8192, help="vocabulary for the times")
-    parser.add_argument("--large-vocab", type=int, default=131_072, help="and for the memory")
+    parser.add_argument(
+        "--large-vocab", type=int, default=131_072, help="and for the memory; 0: not"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", metavar="FILE")
     options = vars(parser.parse_args(arguments))
     shape = Shape(**{field.name: options[field.name] for field in dataclasses.fields(Shape)})
     times = measure_times(shape, options["vocab"], options["rounds"])
-    memory = measure_memory(shape, options["large_vocab"])
+    large = options["large_vocab"]
+    memory = measure_memory(shape, large) if large else {}
     rows: list[dict[str, Any]] = []
     for provider in PROVIDERS:
         rows.append(
@@ -154,7 +157,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 "dtype": "float32",
                 **times[provider],
                 "peak_mib_vocab": options["large_vocab"],
-                "peak_mib": memory[provider],
+                "peak_mib": memory.get(provider),
             }
         )
     print(f"{shape}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -166,7 +169,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     print(f"{'provider':14}{'min':>8}{'p20':>8}{'p50':>8}{'p80':>8}{'peak of two steps':>22}")
     for row in rows:
         cells = "".join(f"{row[name]:8.1f}" for name in ("ms_min", "ms_p20", "ms_p50", "ms_p80"))
-        print(f"{row['provider']:14}{cells}{row['peak_mib']:22.0f}")
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        print(f"{row['provider']:14}{cells}{peak:>22}")
     if options["json"]:
         env = _report.environment("cpu", measure_ceilings("cpu", [torch.float32]))
         _report.save(Path(options["json"]), env, rows)

@@ -28,7 +28,8 @@ FIELDS = {
     "fraction_of_peak", "peak_mib", "max_rel_err", "inputs", "baseline", "speedup",
 }  # fmt: skip
 LOSS = ("cross_entropy", "--shapes", "N=768,V=65")
-HEADS = ("--shapes", "T=48,H=4,G=2,D=16")
+ALL_MODES = ("--mode", "fwd", "bwd", "fwd_bwd")
+HEADS = ("--shapes", "T=48,H=4,G=2,D=16", *ALL_MODES)
 
 # As long as the plan, with every way a stage can end.
 STAGES = """
@@ -242,7 +243,8 @@ def test_small_ops_are_measured_beside_torch_and_transformers(tmp_path):
     sizes = {"rms_norm": "N=16,C=32", "glu": "N=16,I=32", "apply_rotary": "T=16,D=16"}
     for op, shape in sizes.items():
         others = ("torch",) if op == "glu" else ("torch", "transformers")
-        assert bench(tmp_path, op, "--shapes", shape, "--only", *others, "fastlm") == 0
+        chosen = ("--shapes", shape, "--only", *others, "fastlm")
+        assert bench(tmp_path, op, *chosen, *ALL_MODES) == 0
         rows = rows_of(tmp_path, op=op)
         assert {row["provider"] for row in rows} == {"fastlm", *others}
         assert {row["mode"] for row in rows} == {"fwd", "bwd", "fwd_bwd"}
@@ -301,11 +303,11 @@ def test_work_of_attention_is_counted_over_pairs_that_see_each_other():
     done = run(sys.executable, "-P", "-c", PAIRS, env=PLAIN)
     assert done.returncode == 0, done.stderr
     seen = dict(line.split() for line in done.stdout.splitlines())
-    # 1024 queries of which the first 127 see fewer than 128 keys; 128 after 384 keys; triangles
-    assert int(seen["window"]) == 1024 * 128 - 127 * 128 // 2
-    assert int(seen["prefix"]) == 128 * 384 + 128 * 129 // 2
+    # 512 queries of which the first 63 see fewer than 64 keys; 64 after 448 keys; triangles
+    assert int(seen["window"]) == 512 * 64 - 63 * 64 // 2
+    assert int(seen["prefix"]) == 64 * 448 + 64 * 65 // 2
     assert int(seen["causal"]) == 12 * 64 * 65 // 2
-    assert int(seen["packed"]) < 1024 * 1025 // 2
+    assert int(seen["packed"]) < 512 * 513 // 2
 
 
 PEAKS = """
