@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -76,15 +75,10 @@ def table(op: str, rows: list[dict[str, Any]]) -> Table:
         found.add_column(name, justify="right", no_wrap=True)
     found.add_column("", overflow="ellipsis", no_wrap=True, style="dim")
 
-    def case(row: dict[str, Any]) -> tuple[str, str]:
-        return _report.problem(row), row["mode"]
-
-    for (name, mode), group in groupby(sorted(rows, key=case), case):
-        ordered = sorted(group, key=lambda row: row.get("ms_p50", float("inf")))
-        for at, row in enumerate(ordered):
+    for (name, mode), of_case in _report.cases(rows).items():
+        for at, row in enumerate(of_case):
             first = (name, mode) if at == 0 else ("", "")
-            last = at == len(ordered) - 1
-            found.add_row(*first, *_cells(row), end_section=last)
+            found.add_row(*first, *_cells(row), end_section=at == len(of_case) - 1)
     return found
 
 

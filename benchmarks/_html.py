@@ -67,13 +67,9 @@ def _tables(rows: list[Row]) -> Iterator[str]:
         yield f"<h2>{html.escape(op)}</h2><table><tr><th>problem<th>mode<th>provider"
         yield "".join(f"<th>{name}" for name in _COLUMNS)
 
-        def case(row: Row) -> tuple[str, str]:
-            return _report.problem(row), row["mode"]
-
-        for (name, mode), group in groupby(sorted(of_op, key=case), case):
-            ordered = sorted(group, key=lambda row: row.get("ms_p50", float("inf")))
-            for at, row in enumerate(ordered):
-                yield _line(row, (name, mode) if at == 0 else ("", ""))
+        for case, of_case in _report.cases(of_op).items():
+            for at, row in enumerate(of_case):
+                yield _line(row, case if at == 0 else ("", ""))
         yield "</table>"
 
 

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,16 @@ def line(row: dict[str, Any]) -> str:
 def problem(row: dict[str, Any]) -> str:
     words = [f"{key}{value}" for key, value in row["shape"].items()]
     return " ".join(words + [row[name] for name in ("inputs", "dtype") if name in row])
+
+
+def cases(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by problem and mode: the fastest first, last who has no numbers."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((problem(row), row["mode"]), []).append(row)
+    for group in found.values():
+        group.sort(key=lambda row: row.get("ms_p50", float("inf")))
+    return found
 
 
 def reason(row: dict[str, Any]) -> str:

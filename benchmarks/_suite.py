@@ -23,7 +23,7 @@ from fastlm._errors import ArgumentError, UserError
 from . import _harness, _liger_csv, _report, _samples
 from ._console import Console
 from ._harness import Benchmark, Problem, registered
-from ._options import MODELS, OPS
+from ._options import MODELS, MODES, OPS
 from ._providers import OURS, kind_of
 from ._timing import Ceilings, measure_ceilings
 
@@ -58,7 +58,10 @@ def run(options: argparse.Namespace) -> int:
     ceilings = measure_ceilings(device, [dtype])
     env = _report.environment(device, ceilings)
     path = options.json or Path("runs/bench") / f"{options.suite}.json"
-    rows = _report.load(path, env) if options.json and not options.fresh else []
+    # what nobody named may be of another run, and is not gone on with
+    rows = _report.load(path, env) if options.json else []
+    if options.fresh:
+        rows = [row for row in rows if row["op"] not in work]
     done = {_key(row) for row in rows}
     cases = sum(len(problems) for problems in work.values())
     with _ended_in_order(), Console(_report.heading(env), cases) as console:
@@ -198,7 +201,8 @@ def _reshaped(op: str, problems: list[Problem], shapes: list[dict[str, int]]) ->
     kinds: dict[str, Problem] = {}
     for x in problems:
         first = kinds.setdefault(x.inputs, x)
-        kinds[x.inputs] = replace(first, modes=tuple(dict.fromkeys((*first.modes, *x.modes))))
+        every = {*first.modes, *x.modes}
+        kinds[x.inputs] = replace(first, modes=tuple(mode for mode in MODES if mode in every))
     for shape in shapes:
         for name in shape:
             if not any(name in x.shape for x in kinds.values()):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import operator
 import os
 import re
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -86,6 +88,18 @@ def test_every_call_behind_a_row_is_kept(tmp_path):
         assert len(times) >= 5
     ratios = map(operator.truediv, *samples.values())
     assert statistics.median(ratios) == rows[1]["speedup"]
+
+
+def test_what_is_measured_anew_leaves_other_ops_as_they_are(tmp_path):
+    loss, glu = (*LOSS, "--only", "fastlm"), ("glu", "--shapes", "N=16,I=32", "--only", "fastlm")
+    bench(tmp_path, *loss)
+    bench(tmp_path, *glu)
+    before = rows_of(tmp_path)
+    assert bench(tmp_path, *glu, "--fresh") == 0
+    after = rows_of(tmp_path)
+    assert after[:2] == before[:2]
+    assert [row["op"] for row in after] == ["cross_entropy"] * 2 + ["glu"] * 2
+    assert after[2:] != before[2:]
 
 
 def test_a_call_for_a_few_leaves_the_others_to_the_next(tmp_path):
@@ -244,24 +258,24 @@ def test_small_ops_are_measured_beside_torch_and_transformers(tmp_path):
     for op, shape in sizes.items():
         others = ("torch",) if op == "glu" else ("torch", "transformers")
         chosen = ("--shapes", shape, "--only", *others, "fastlm")
-        assert bench(tmp_path, op, *chosen, *ALL_MODES) == 0
+        assert bench(tmp_path, op, *chosen) == 0
         rows = rows_of(tmp_path, op=op)
         assert {row["provider"] for row in rows} == {"fastlm", *others}
-        assert {row["mode"] for row in rows} == {"fwd", "bwd", "fwd_bwd"}
+        assert {row["mode"] for row in rows} == {"fwd", "fwd_bwd"}
         assert all(row["max_rel_err"] < 1e-6 for row in rows)
 
 
-FEW = """
-from fastlm.benchmarks import _options, _suite
-_options.OPS = _suite.OPS = {"glu": "pointwise"}
-_suite._models = lambda options: []
-"""
-
-
-def test_a_quick_run_with_few_others_fails(tmp_path):
-    done = planted(tmp_path, FEW, "--shapes", "N=16,I=32")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("only 2 providers of others ran, of 4: torch")
+def test_a_quick_run_with_few_others_fails(tmp_path, monkeypatch, capsys):
+    few = {"glu": "pointwise"}
+    # in this order: importing the one takes the table of the other
+    monkeypatch.setattr("fastlm.benchmarks._suite.OPS", few)
+    monkeypatch.setattr("fastlm.benchmarks._options.OPS", few)
+    monkeypatch.setattr("fastlm.benchmarks._suite._models", lambda options: [])
+    monkeypatch.setattr("fastlm.benchmarks.pointwise.compiled", lambda function: "not here")
+    assert bench(tmp_path, "--shapes", "N=16,I=32") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "only 1 providers of others ran, of 4: torch"
+    assert any("torch.compile" in line and "absent: not here" in line for line in said)
 
 
 def rows_of(folder: Path, **wanted: str) -> list[dict]:
@@ -352,15 +366,96 @@ def test_a_folder_without_results_is_said_to_have_none(tmp_path, capsys):
     assert capsys.readouterr().err == f"fastlm: bench: no results in {tmp_path}\n"
 
 
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu-2-cores"
+
+
 def test_the_committed_tables_can_be_shown(capsys):
-    folder = ROOT / "benchmarks" / "results" / "cpu-2-cores"
-    assert main(["bench", "--show", str(folder)]) == 0
+    assert main(["bench", "--show", str(COMMITTED)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    titles = [line for line in lines if line in {path.stem for path in folder.iterdir()}]
+    titles = [line for line in lines if line in {path.stem for path in COMMITTED.iterdir()}]
     assert list(dict.fromkeys(titles)) == [
         "attention", "attention_options", "cross_entropy", "linear_cross_entropy",
     ]  # fmt: skip
     assert max(map(len, lines)) < 250
+
+
+def test_in_a_terminal_the_fastest_of_a_case_comes_first(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["bench", "--show", str(COMMITTED / "cross_entropy.json")]) == 0
+    text = capsys.readouterr().out
+    largest = text[text.index("N1024 V50304") :]
+    assert largest.split()[4:6] == ["fwd", "torch.compile"]
+    assert "liger" in largest and "absent: No module named" in largest
+
+
+def test_results_become_pictures_a_page_and_the_columns_of_liger(tmp_path, capsys):
+    table = tmp_path / "rows.csv"
+    for name in ("cross_entropy.json", "decode.json"):
+        shutil.copy(COMMITTED / name, tmp_path)
+    options = ["--plot", str(tmp_path / "pictures"), "--csv", str(table)]
+    assert main(["bench", "--show", str(tmp_path), *options]) == 0
+    for name in (
+        "cross_entropy/speed_cross_entropy", "cross_entropy/memory_cross_entropy",
+        "cross_entropy/roofline_cross_entropy", "decode/tokens_per_second",
+    ):  # fmt: skip
+        data = (tmp_path / "pictures" / f"{name}.png").read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    page = (tmp_path / "pictures" / "report.html").read_text()
+    assert set(re.findall(r"(?:src|href)='(.{5})", page)) == {"data:"}
+    assert page.count("<img") == len(list((tmp_path / "pictures").rglob("*.png")))
+    assert "quack" in page and "No module named" in page
+    with table.open() as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0])[:8] == [
+        "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
+        "x_name", "x_label", "x_value",
+    ]  # fmt: skip
+    committed = json.loads((COMMITTED / "cross_entropy.json").read_text())["rows"]
+    (row,) = (
+        row for row in committed
+        if (row["provider"], row["mode"], row["shape"]["V"]) == ("fastlm", "fwd_bwd", 50_304)
+    )  # fmt: skip
+    wanted = ("cross_entropy", "fastlm", "full", "speed", "50304")
+    names = ("kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "x_value")
+    (line,) = (line for line in lines if tuple(line[name] for name in names) == wanted)
+    assert float(line["y_value_50"]) == row["ms_p50"]
+    assert "written" in capsys.readouterr().out
+
+
+# The forward takes four times as long, with the backward all takes about twice.
+SLOWED = """
+import time
+import fastlm
+right = fastlm.swiglu
+def slowed(*args):
+    start = time.perf_counter()
+    out = right(*args)
+    end = time.perf_counter()
+    while time.perf_counter() < end + 3 * (end - start):
+        pass
+    return out
+fastlm.swiglu = slowed
+"""
+
+
+@pytest.mark.slow
+def test_an_op_that_became_slower_fails_the_comparison_with_stored_ratios(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    words = [str(ROOT / "benchmarks/regression"), "-k", "glu", "--ratios", f"{tmp_path}/r.json"]
+
+    def check(code: str, *more: str) -> subprocess.CompletedProcess[str]:
+        rest = f"\nimport sys, pytest\nsys.exit(pytest.main({[*words, *more]!r}))"
+        return run(sys.executable, "-P", "-c", code + rest, env=PLAIN | {"OMP_NUM_THREADS": "1"})
+
+    nothing = check("")
+    assert nothing.returncode == 1
+    assert "no ratio of glu is stored" in nothing.stdout
+    assert check("", "--store").returncode == 0
+    assert check("").returncode == 0
+    slow = check(SLOWED)
+    assert slow.returncode == 1
+    assert "when it was stored" in slow.stdout
 
 
 def test_every_stage_of_the_plan_finds_its_function():
@@ -370,6 +465,13 @@ def test_every_stage_of_the_plan_finds_its_function():
     exported = re.search(r"export -f (.+)", script)
     assert named == set(exported[1].split())
     assert all(f"\n{name}() {{" in script for name in named)
+
+
+def test_the_plan_leaves_eight_files_at_most():
+    named = set(re.findall(r'"?\$out"?/([\w.]+)', GPU_SCRIPT.read_text()))
+    assert {"stages.tsv", "log.txt", "gpu.json", "decode.json", "report.html"} <= named
+    # and the archive beside gpu.json
+    assert len(named | {"gpu.samples.zip"}) <= 8
 
 
 @pytest.fixture
@@ -447,6 +549,7 @@ def test_gpu_script_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
         assert f"time-{op} " in done.stdout
     assert "test-attention_with_kv_cache " in done.stdout
     assert "time-attention_options " in done.stdout
+    assert "time-pointwise " in done.stdout
     assert "runs" in done.stdout
     assert "does not fit any more" in done.stdout
 
