@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastlm.benchmarks import _report
-from fastlm.benchmarks._harness import prepared, registered
+from fastlm.benchmarks._harness import Case, prepared, registered
 from fastlm.benchmarks._options import OPS
 
 ALLOWED = 1.2
@@ -35,10 +35,7 @@ def test_is_no_slower_beside_torch(op: str, benchmark: Any, request: pytest.Fixt
     case = bench.build(problem, torch.float32, "cpu")
     mode = "fwd_bwd" if "fwd_bwd" in problem.modes else "fwd"
     yardstick = next(iter(case.providers))
-    ours, theirs = (
-        functools.partial(prepared, case.provider(name), case.inputs, mode)
-        for name in ("fastlm", yardstick)
-    )
+    ours, theirs = (_calls(case, name, mode) for name in ("fastlm", yardstick))
     for _ in range(3):
         seconds = _seconds(ours()) + _seconds(theirs())
     rounds = min(max(int(SECONDS / seconds), FEWEST), MOST) // 3 * 3
@@ -58,6 +55,12 @@ def test_is_no_slower_beside_torch(op: str, benchmark: Any, request: pytest.Fixt
     else:
         third = rounds // 3
         _compare(op, [ratios[at : at + third] for at in range(0, rounds, third)], request.config)
+
+
+def _calls(case: Case, provider: str, mode: str) -> Callable[[], Callable[[], object]]:
+    function = case.provider(provider)
+    assert not isinstance(function, str), function
+    return functools.partial(prepared, function, case.inputs, mode)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -83,8 +86,8 @@ def _compare(op: str, parts: list[list[float]], config: pytest.Config) -> None:
     """The best part counts: another may be of a moment that was busy with something else."""
     _, stored, machine = _stored(config)
     before = stored.get(machine, {}).get(op)
-    if before is None:
-        pytest.fail(f"no ratio of {op} is stored for {machine}: make bench-store writes them")
+    assert before, f"no ratio of {op} is stored for {machine}: make bench-store writes them"
     ratio = min(map(statistics.median, parts))
-    if ratio > ALLOWED * before:
-        pytest.fail(f"{op} takes {ratio:.3f} of torch's time, {before:.3f} when it was stored")
+    assert ratio <= ALLOWED * before, (
+        f"{op} takes {ratio:.3f} of torch's time, {before:.3f} when it was stored"
+    )
