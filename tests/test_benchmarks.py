@@ -528,6 +528,22 @@ def test_a_case_without_others_has_no_gain(tables):
     assert tables._comparison(case) == ("", "", "")
 
 
+# Whole models
+
+
+@pytest.mark.slow
+def test_whole_models_are_part_of_the_suite(tmp_path):
+    assert bench(tmp_path, "--op", "train_step", "generate") == 0
+    steps, tokens = rows_of(tmp_path, op="train_step"), rows_of(tmp_path, op="generate")
+    assert {row["provider"] for row in steps} == {"fastlm", "transformers"}
+    assert all(row["ms_p50"] > 0 and row["mode"] == "step" for row in steps)
+    assert {row["provider"] for row in tokens} == {"fastlm", "transformers", "products"}
+    assert all(row["tokens_per_second_p50"] > 0 and row["mode"] == "decode" for row in tokens)
+    before = rows_of(tmp_path)
+    assert bench(tmp_path, "--mode", "step", "decode") == 0
+    assert rows_of(tmp_path) == before
+
+
 # Decoding
 
 
