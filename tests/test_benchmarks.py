@@ -147,6 +147,8 @@ class Cheat(torch.autograd.Function):
             result = tuple(torch.zeros_like(y) for y in result)
         if kind == "sloppy":
             result = tuple(y * 1.01 for y in result)
+        if kind == "short":
+            result = tuple(y * 0.95 for y in result)
         if kind == "skips":
             result = result[0], torch.zeros_like(x)
         if kind == "cached":
@@ -165,7 +167,7 @@ def planted(kind):
     state = {}
     return lambda device: lambda logits, target: Cheat.apply(logits, target, kind, state)
 
-kinds = ("honest", "sloppy", "zeros", "skips", "cached", "stale")
+kinds = ("honest", "sloppy", "short", "zeros", "skips", "cached", "stale")
 for kind in kinds:
     _providers.PROVIDERS[kind] = _providers.Source(kind)
     loss.LOGITS_PROVIDERS[kind] = planted(kind)
@@ -191,12 +193,13 @@ def test_a_wrong_result_has_no_speed_beside_whom_ever(tmp_path):
 
 
 def test_cheats_are_marked_wrong_and_have_no_speed(tmp_path):
-    done = planted(tmp_path, CHEATS, *LOSS, "--only", "honest,zeros,skips,cached,stale,detaches")
+    cheats = "honest,short,zeros,skips,cached,stale,detaches"
+    done = planted(tmp_path, CHEATS, *LOSS, "--only", cheats)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {(row["provider"], row["mode"]): row for row in rows_of(tmp_path)}
     for mode in ("fwd", "fwd_bwd"):
         assert "ms_p50" in rows["honest", mode]
-        for kind in ("zeros", "cached", "stale"):
+        for kind in ("short", "zeros", "cached", "stale"):
             assert "wrong" in rows[kind, mode], rows[kind, mode]
     assert "ms_p50" in rows["skips", "fwd"]
     assert "output 1" in rows["skips", "fwd_bwd"]["wrong"]
