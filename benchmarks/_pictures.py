@@ -44,7 +44,7 @@ def draw(folder: Path, env: Row, rows: list[Row]) -> dict[str, Path]:
     def save(name: str, title: str, figure: Figure | None) -> None:
         if figure is None:
             return
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
         figure.text(0.01, 0.005, _where(env), fontsize=7, color="#555555")
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=_DPI)
