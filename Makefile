@@ -6,11 +6,12 @@ PIP = -m pip install --quiet --disable-pip-version-check --no-build-isolation -c
 # Two workers with a thread each: threads of both would wait for each other at every barrier.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile
 FLOOR_PIP = .venv/bin/python -m pip --python .venv-floor/bin/python install --quiet --no-deps
+BENCH = OMP_NUM_THREADS=1 .venv/bin/pytest -q benchmarks/regression
 SOURCES := setup.py pyproject.toml constraints.txt
 # seen from inside a virtual environment: where the packages of .venv are
 PACKAGES = $(shell .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: help demo test test-all test-cuda test-floor lint docs-tables clean
+.PHONY: help demo test test-all test-cuda test-floor lint bench-check bench-store docs-tables clean
 
 help:
 	@echo "make demo        train a small model on real text, sample from it, plot its next token"
@@ -19,6 +20,8 @@ help:
 	@echo "make test-cuda   all of csrc/: compiled for every GPU, and run on a CPU under sanitizers"
 	@echo "make test-floor  import and compile every kernel with the oldest Triton we support"
 	@echo "make lint        ruff, and mypy on the built wheel"
+	@echo "make bench-check  fail where an op has become a fifth slower beside torch; seconds"
+	@echo "make bench-store  store the ratios of this machine that bench-check compares with"
 	@echo "make docs-tables  write the tables of the documentation from benchmarks/results"
 	@echo "make clean       remove the environments and what builds leave behind"
 
@@ -53,6 +56,12 @@ test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -P -m pytest -m "not slow" tests/test_ahead_of_time.py
 	.venv-floor/bin/python -P -m pytest tests/test_attention_gluon.py -k compile
 
+bench-check: .venv/.bench
+	$(BENCH)
+
+bench-store: .venv/.bench
+	$(BENCH) --store
+
 docs-tables: .venv/.core
 	.venv/bin/python benchmarks/tables.py
 
@@ -67,6 +76,10 @@ clean:
 
 .venv/.test: .venv/.core
 	.venv/bin/python $(PIP) -e ".[test]"
+	touch $@
+
+.venv/.bench: .venv/.test
+	.venv/bin/python $(PIP) -e ".[bench]"
 	touch $@
 
 # The other environments see the packages of .venv below their own, so torch is installed once.

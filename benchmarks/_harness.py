@@ -1,46 +1,29 @@
 """Check, then time: the providers of a case in turn, on the same inputs, against measured ceilings.
 
 A benchmark registers a builder of cases.  The first provider of a case is the yardstick: what a
-user has without fastlm.  fastlm's own results must hold the tolerance rule against float64 truth
-before they are timed; of the others only the error is reported.
+user has without fastlm.  Who is wrong (``_judge.py``) has no speed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import random
-import statistics
+import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.ops.cuda._extension import refuses_device
-from fastlm.testing import assert_as_accurate
-
-Outputs = tuple[Tensor, ...]
-
-# A function of a case's inputs, or the reason why it is absent here.
-Provider = Callable[..., Tensor] | str
-
-# fastlm as it chooses, and its kernels in CUDA C++.
-OURS = ("fastlm", "cuda")
-
-# What has to be done before a call is timed; returns the call.
-Prepare = Callable[[], Callable[[], object]]
+from . import _judge
+from ._judge import Outputs
+from ._memory import extra_peak_mib
+from ._options import OPS
+from ._providers import OURS, PROVIDERS, Make, Provider
+from ._timing import LONG, Ceilings, Prepare, interleaved, name_of, percentiles, speedups
 
 MODES = ("fwd", "fwd_bwd")
-
-# Elements compared at once, 1 GB in float64: results may be as large as the memory is.
-_COMPARED_AT_ONCE = 1 << 27
-
-# Calls that take this many seconds on average need no more warming, and few rounds.
-_LONG = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +57,9 @@ class Case:
 
     Attributes:
         inputs: Arguments of every provider; gradients are taken of those that require one.
-        providers: Name to a function of the inputs; the yardstick first.
-        truth: Mode to output and gradients in float64.
+        providers: Name to what makes a function of the inputs, which returns a tensor or several;
+            the yardstick first.
+        truth: Mode to outputs and gradients in float64.
         bytes_moved: Mode to bytes, each input read once and each output written once.
         flops: Mode to floating-point operations.
         overwriting: Providers that write into their inputs; they get their own.
@@ -84,13 +68,20 @@ class Case:
     """
 
     inputs: tuple[Tensor, ...]
-    providers: dict[str, Provider]
+    providers: dict[str, Make]
     truth: Callable[[str], Outputs]
     bytes_moved: dict[str, float]
     flops: dict[str, float]
     overwriting: tuple[str, ...] = ()
     yardsticks: dict[str, Callable[[str], object]] = field(default_factory=dict)
     gradient_multiple: float = 2.0
+    _made: dict[str, Provider] = field(default_factory=dict)
+
+    def provider(self, name: str) -> Provider:
+        """Made once, for all modes."""
+        if name not in self._made:
+            self._made[name] = self.providers[name]()
+        return self._made[name]
 
     def inputs_of(self, provider: str) -> tuple[Tensor, ...]:
         if provider not in self.overwriting:
@@ -119,6 +110,17 @@ class Benchmark:
 REGISTRY: dict[str, Benchmark] = {}
 
 
+def quick(problems: Sequence[Problem], fast: tuple[str, ...]) -> list[Problem]:
+    """All providers run on the first, forward and backward; elsewhere those of ``fast``, for which
+    nothing has to be compiled."""
+    first, *others = problems
+    rest = [replace(x, only=fast) for x in others]
+    if "fwd_bwd" not in first.modes:
+        return [first, *rest]
+    alone = tuple(mode for mode in first.modes if mode != "fwd_bwd")
+    return [replace(first, modes=("fwd_bwd",)), replace(first, only=fast, modes=alone), *rest]
+
+
 def benchmark(
     op: str, providers: Iterable[str], **sizes: list[Problem]
 ) -> Callable[[Build], Build]:
@@ -131,98 +133,67 @@ def benchmark(
     def register(build: Build) -> Build:
         if op in REGISTRY:
             raise ValueError(f"benchmark {op!r} is registered twice")
+        if strangers := {*providers} - {*PROVIDERS}:
+            raise ValueError(f"benchmark {op!r}: no such providers: {strangers}")
         REGISTRY[op] = Benchmark(op, build, tuple(providers), sizes)
         return build
 
     return register
 
 
-@dataclass
-class Ceilings:
-    """What this device does at best, measured in this run on random data."""
-
-    gbps: float
-    tflops: dict[str, float] = field(default_factory=dict)
-
-    def floor_ms(self, bytes_moved: float, flops: float, dtype: str) -> float:
-        """Neither the bytes nor the arithmetic can take less."""
-        return max(bytes_moved / self.gbps / 1e6, flops / self.tflops[dtype] / 1e9)
-
-
-def measure_ceilings(device: str, dtypes: Iterable[torch.dtype]) -> Ceilings:
-    """A copy counts the bytes read and written; a square matrix product 2 n^3 operations."""
-    cuda = device == "cuda"
-    numel = 1 << (29 if cuda else 25)
-    source = torch.randn(numel, device=device)
-    target = torch.empty_like(source)
-    seconds = min(timed(lambda: target.copy_(source), device) for _ in range(10))
-    ceilings = Ceilings(gbps=2 * source.numel() * source.element_size() / seconds / 1e9)
-    for dtype in dtypes:
-        n = 8192 if cuda else 1024
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        product = functools.partial(torch.matmul, a, b)
-        timed(product, device)
-        rate = 2 * n**3 / statistics.median(timed(product, device) for _ in range(10)) / 1e12
-        ceilings.tflops[name_of(dtype)] = rate
-    return ceilings
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, by events on a GPU."""
-    if device != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Evicts the inputs from L2, and keeps the GPU busy until the call is queued behind it.
-    _flush_buffer().zero_()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-@functools.cache
-def _flush_buffer() -> Tensor:
-    return torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+def registered(op: str) -> Benchmark:
+    """The benchmark of an op; its module is imported when it is asked for."""
+    importlib.import_module(f"fastlm.benchmarks.{OPS[op]}")
+    return REGISTRY[op]
 
 
 def run_case(
     bench: Benchmark, case: Case, problem: Problem, mode: str, dtype: torch.dtype, device: str,
-    ceilings: Ceilings, *, wanted: Iterable[str], seconds: float = 2.0,
+    ceilings: Ceilings, *, wanted: Iterable[str], seconds: float = 2.0, least: int = 5,
+    baseline: str | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row for each of ``wanted``; one that is absent or fails has ``absent`` or ``failed``
-    instead of numbers, and a yardstick has no error."""
+    """One row for each of ``wanted``.
+
+    One that is absent, fails or is wrong has ``absent``, ``failed`` or ``wrong`` instead of
+    numbers, and a yardstick has no error.  ``speedup`` is over ``baseline``, by default the first
+    provider.  ``samples`` has the milliseconds of every call.
+    """
     common = problem.labels(bench.op, mode, dtype)
     truth = case.truth(mode)
     plain: Outputs | None = None
     calls: dict[str, Prepare] = {}
     errors: dict[str, float] = {}
     kernels: dict[str, str] = {}
-    for name, provider in case.providers.items():
+    others: dict[str, Callable[[], Outputs]] = {}
+    fingerprints: dict[str, list[Tensor]] = {}
+    for name in case.providers:
         if name not in wanted:
             continue
+        provider = case.provider(name)
         if isinstance(provider, str):
             yield {**common, "provider": name, "absent": provider}
             continue
-        prepare = functools.partial(_prepared, provider, case.inputs_of(name), mode)
+        others[name] = functools.partial(_on_other_numbers, case, name, provider, mode)
         try:
+            fingerprints[name] = _judge.fingerprint(others[name]())
+            prepare = functools.partial(prepared, provider, case.inputs_of(name), mode)
             outputs = prepare()()
             if name in OURS:
-                _judge(name, case, mode, outputs, plain or call_plain(case, mode), truth)
+                usual = plain or call_plain(case, mode)
+                multiples = _multiples(case, mode, len(truth))
+                _judge.judge_ours(f"{name} {mode}", outputs, usual, truth, multiples)
+            else:
+                _judge.judge_other(f"{name} {mode}", outputs, truth)
+            _judge.judge_changes(f"{name} {mode}", outputs, fingerprints[name])
         except _failures() as error:
-            yield {**common, "provider": name, "failed": _first_line(error)}
+            yield {**common, "provider": name, **_reason(error)}
             if device == "cuda":
                 # raises where the failure has left the GPU unusable, and all after it would fail
                 torch.cuda.synchronize()
             continue
-        plain = plain or outputs
-        calls[name], errors[name] = prepare, _relative_error(outputs, truth)
+        if name == next(iter(case.providers)):
+            plain = outputs
+        calls[name], errors[name] = prepare, _judge.relative_error(outputs, truth)
         if device == "cuda":
             kernels[name] = slowest_kernel(prepare())
         del outputs
@@ -234,10 +205,18 @@ def run_case(
             calls[name] = functools.partial(_itself, call)
     start = time.perf_counter()
     peaks = {name: extra_peak_mib(prepare(), device) for name, prepare in calls.items()}
-    is_long = time.perf_counter() - start > _LONG * len(calls)
-    times = _interleaved(calls, device, seconds, is_long=is_long)
+    is_long = time.perf_counter() - start > LONG * len(calls)
+    times = interleaved(calls, device, seconds, least=least, is_long=is_long)
+    baseline = baseline or next(iter(case.providers))
+    gains = speedups(times, baseline) if baseline in times else {}
     for name, samples in times.items():
-        p20, p50, p80 = statistics.quantiles(samples, n=10, method="inclusive")[1::3]
+        try:
+            if name in others:
+                _judge.judge_again(f"{name} {mode}", others[name](), fingerprints[name])
+        except _failures() as error:
+            yield {**common, "provider": name, **_reason(error)}
+            continue
+        p20, p50, p80 = percentiles(samples)
         moved, flops = case.bytes_moved[mode], case.flops[mode]
         yield {
             **common,
@@ -250,162 +229,82 @@ def run_case(
             "fraction_of_peak": ceilings.floor_ms(moved, flops, common["dtype"]) / p50,
             "peak_mib": peaks[name],
             "max_rel_err": errors.get(name),
+            "baseline": baseline,
+            "speedup": gains.get(name),
+            "samples": samples,
             **({"kernel": kernels[name]} if name in kernels else {}),
         }
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` through torch.compile, for the very shapes it is called with."""
-
-    @functools.cache
-    def build() -> Callable[..., Tensor]:
-        return torch.compile(function, dynamic=False)
-
-    return lambda *args: build()(*args)
-
-
-def cuda_kernels(
-    function: Callable[..., Tensor], backends: Mapping[str, str], device: str
-) -> Provider:
-    """``function`` of an op by its kernels in CUDA C++, or why they are absent."""
-    if "cuda" not in backends:
-        return "no such kernels"
-    refusal = refuses_device(torch.empty(0, device=device), "input")
-    return refusal or functools.partial(function, backend="cuda")
-
-
 def call_plain(case: Case, mode: str) -> Outputs:
     """The yardstick's result, where it is not timed itself."""
-    provider = next(iter(case.providers.values()))
+    provider = case.provider(next(iter(case.providers)))
     assert not isinstance(provider, str), "the yardstick is what every user has"
-    return _prepared(provider, case.inputs, mode)()
+    return prepared(provider, case.inputs, mode)()
 
 
-def _prepared(
-    provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str
+def _on_other_numbers(case: Case, name: str, provider: Callable[..., Any], mode: str) -> Outputs:
+    with _judge.other_numbers(case.inputs):
+        return prepared(provider, case.inputs_of(name), mode, upstream=-2.0)()
+
+
+def prepared(
+    provider: Callable[..., Any], inputs: tuple[Tensor, ...], mode: str, *, upstream: float = 1.0
 ) -> Callable[[], Outputs]:
-    """The call to be timed: for ``bwd`` once, after its forward, since it frees what it used."""
+    """The call to be timed: for ``bwd`` once, after its forward, since it frees what it used.
+
+    ``upstream`` is a factor of the gradient that comes in.
+    """
+    _judge.touch(inputs)
     if mode != "bwd":
-        return functools.partial(_outputs, provider, inputs, mode)
-    out = provider(*inputs)
+        return functools.partial(_outputs, provider, inputs, mode, upstream)
+    outs = _several(provider(*inputs))
     needing = [x for x in inputs if x.requires_grad]
-    return functools.partial(torch.autograd.grad, out, needing, _cotangent(out))
+    return functools.partial(torch.autograd.grad, outs, needing, _cotangents(outs, upstream))
 
 
 def _itself(call: Callable[[], object]) -> Callable[[], object]:
     return call
 
 
-def _outputs(provider: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Outputs:
+def _outputs(
+    provider: Callable[..., Any], inputs: tuple[Tensor, ...], mode: str, upstream: float
+) -> Outputs:
     if mode == "fwd":
         # detached: some compute gradients for whatever asks for them, even under no_grad
         with torch.no_grad():
-            return (provider(*(x.detach() for x in inputs)),)
-    out = provider(*inputs)
+            return _several(provider(*(x.detach() for x in inputs)))
+    outs = _several(provider(*inputs))
     needing = [x for x in inputs if x.requires_grad]
-    return (out.detach(), *torch.autograd.grad(out, needing, _cotangent(out)))
+    grads = torch.autograd.grad(outs, needing, _cotangents(outs, upstream))
+    return (*(out.detach() for out in outs), *grads)
 
 
-def _cotangent(out: Tensor) -> Tensor:
-    if out.dim() == 0:
-        return torch.ones_like(out)
-    return cotangent(tuple(out.shape), out.dtype, str(out.device))
+def _several(result: Tensor | Outputs) -> Outputs:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-@functools.lru_cache(maxsize=1)
+def _multiples(case: Case, mode: str, count: int) -> list[float]:
+    """m of the tolerance rule for each of ``count`` tensors, the gradients last."""
+    gradients = 0 if mode == "fwd" else sum(x.requires_grad for x in case.inputs)
+    return [2.0] * (count - gradients) + [case.gradient_multiple] * gradients
+
+
+def _cotangents(outs: Outputs, factor: float) -> Outputs:
+    found = (
+        torch.ones_like(out)
+        if out.dim() == 0
+        else cotangent(tuple(out.shape), out.dtype, str(out.device))
+        for out in outs
+    )
+    return tuple(x if factor == 1 else x * factor for x in found)
+
+
+@functools.lru_cache(maxsize=2)
 def cotangent(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """The gradient that comes in; the same for every provider."""
     generator = torch.Generator(device).manual_seed(1)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-
-def _judge(
-    name: str, case: Case, mode: str, outputs: Outputs, plain: Outputs, truth: Outputs
-) -> None:
-    for position, triple in enumerate(zip(outputs, plain, truth, strict=True)):
-        is_gradient = mode == "bwd" or position > 0
-        multiple = case.gradient_multiple if is_gradient else 2.0
-        what = f"{name} {mode}, output {position}"
-        for actual, usual, exact in _pieces(*triple):
-            assert_as_accurate(what, actual, plain=usual, truth=exact, multiple=multiple)
-
-
-def _relative_error(outputs: Outputs, truth: Outputs) -> float:
-    """Largest error over the largest true value, the worst of all outputs."""
-    worst = 0.0
-    for pair in zip(outputs, truth, strict=True):
-        error, size = 0.0, 0.0
-        for out, exact in _pieces(*pair):
-            error = max(error, (out.double() - exact).abs().max().item())
-            size = max(size, exact.abs().max().item())
-        worst = max(worst, error / size)
-    return worst
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of tensors of one shape, in pieces of bounded size."""
-    first = tensors[0]
-    if first.dim() == 0:
-        return iter([tensors])
-    step = max(1, _COMPARED_AT_ONCE * len(first) // max(1, first.numel()))
-    return zip(*(x.split(step) for x in tensors), strict=True)
-
-
-def _interleaved(
-    calls: dict[str, Prepare], device: str, seconds: float, *, is_long: bool
-) -> dict[str, list[float]]:
-    """Milliseconds per call, round by round, so that drift falls on all alike.
-
-    Each round in another order: what a call leaves in caches and heap is the next one's to pay.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for prepare in () if is_long else calls.values():
-        for _ in range(2):
-            timed(prepare(), device)
-    least = 3 if is_long else 5
-    order, shuffle = list(calls), random.Random(0).shuffle
-    start, rounds = time.perf_counter(), 0
-    while calls and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
-        shuffle(order)
-        for name in order:
-            times[name].append(1e3 * timed(calls[name](), device))
-        rounds += 1
-    return times
-
-
-def extra_peak_mib(call: Callable[[], object], device: str) -> float | None:
-    """Memory that a call holds at its peak, beyond what was there before and what it returns.
-
-    On a GPU as torch's allocator counts it, on Linux as the kernel counts the pages of this
-    process; None elsewhere.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20 - _size_mib(result)
-    counter = Path("/proc/self/clear_refs")
-    if not counter.exists():
-        return None
-    # what earlier calls freed would be used again, unseen
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
-    before = _status_mib("VmRSS")
-    counter.write_text("5")  # the peak is counted from here
-    result = call()
-    # counted in batches of pages, so a call that takes nothing may come out below zero
-    return max(0.0, _status_mib("VmHWM") - before - _size_mib(result))
-
-
-def _size_mib(result: object) -> float:
-    tensors = result if isinstance(result, tuple) else ()
-    return sum(x.numel() * x.element_size() for x in tensors) / 2**20
-
-
-def _status_mib(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def slowest_kernel(call: Callable[[], Outputs]) -> str:
@@ -433,5 +332,8 @@ def _failures() -> tuple[type[BaseException], ...]:
     return (*kinds, TritonError)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+def _reason(error: BaseException) -> dict[str, str]:
+    """``wrong`` where it was judged, ``failed`` with the first line where it did not get there."""
+    if isinstance(error, _judge.Wrong):
+        return {"wrong": str(error).splitlines()[0][:300]}
+    return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ import torch
 
 import fastlm
 
-from ._harness import Ceilings
+from ._providers import PACKAGES
+from ._timing import Ceilings
 
-# packages that some benchmark measures where they are installed
-PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
 # characters of the reason why a row has no numbers
 _REASON = 160
 
@@ -38,7 +38,7 @@ def environment(device: str, ceilings: Ceilings) -> dict[str, Any]:
         "fastlm": fastlm.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "peers": {name: _version(name) for name in PEERS},
+        "peers": {name: _version(name) for name in PACKAGES},
         "git": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "ceilings": asdict(ceilings),
@@ -81,27 +81,62 @@ def load(path: Path, env: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 HEADER = (
-    f"{'shape':<46} {'mode':<8}{'provider':<15}{'ms':>10}{'p20':>10}{'p80':>10}"
+    f"{'shape':<46} {'mode':<8}{'provider':<15}{'ms':>10}{'p20':>10}{'p80':>10}{'speedup':>9}"
     f"{'TFLOP/s':>9}{'GB/s':>8}{'of peak':>9}{'MiB':>8}{'error':>9}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table, under HEADER."""
-    words = [f"{key}{value}" for key, value in row["shape"].items()]
-    words += [row[name] for name in ("inputs", "dtype") if name in row]
-    start = f"{' '.join(words):<46} {row['mode']:<8}{row['provider']:<15}"
-    if "failed" in row or "absent" in row:
-        reason = row.get("failed") or f"absent: {row['absent']}"
-        return f"{start} {reason[:_REASON]}"
-    peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-    error = "-" if row["max_rel_err"] is None else f"{row['max_rel_err']:.1e}"
+    start = f"{problem(row):<46} {row['mode']:<8}{row['provider']:<15}"
+    if why := reason(row):
+        return f"{start} {why}"
+    found = cells(row)
     kernel = f"  {row['kernel'][:60]}" if "kernel" in row else ""
     return (
-        f"{start}{row['ms_p50']:>10.3f}{row['ms_p20']:>10.3f}{row['ms_p80']:>10.3f}"
-        f"{row['tflops']:>9.3f}{row['gbps']:>8.1f}{row['fraction_of_peak']:>9.1%}"
-        f"{peak:>8}{error:>9}{kernel}"
+        f"{start}{found['ms']:>10}{found['p20']:>10}{found['p80']:>10}{found['speedup']:>9}"
+        f"{row['tflops']:>9.3f}{row['gbps']:>8.1f}{found['of peak']:>9}{found['MiB']:>8}"
+        f"{found['error']:>9}{kernel}"
     )
+
+
+def problem(row: dict[str, Any]) -> str:
+    words = [f"{key}{value}" for key, value in row["shape"].items()]
+    return " ".join(words + [row[name] for name in ("inputs", "dtype") if name in row])
+
+
+def cases(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by problem and mode: the fastest first, last who has no numbers."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((problem(row), row["mode"]), []).append(row)
+    for group in found.values():
+        group.sort(key=lambda row: row.get("ms_p50", float("inf")))
+    return found
+
+
+def reason(row: dict[str, Any]) -> str:
+    """Why a row has no numbers; empty if it has."""
+    for name in ("wrong", "absent"):
+        if name in row:
+            return f"{name}: {row[name]}"[:_REASON]
+    return str(row.get("failed", ""))[:_REASON]
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """The numbers of a row as text; not every benchmark has all of them."""
+    names = ("peak_mib", "max_rel_err", "speedup", "fraction_of_peak")
+    peak, error, gain, fraction = (row.get(name) for name in names)
+    return {
+        **{name: f"{row[key]:.3f}" for name, key in _TIMES},
+        "of peak": "-" if fraction is None else f"{fraction:.1%}",
+        "MiB": "-" if peak is None else f"{peak:.0f}",
+        "error": "-" if error is None else f"{error:.1e}",
+        "speedup": "-" if gain is None else f"{gain:.2f}",
+    }
+
+
+_TIMES = (("ms", "ms_p50"), ("p20", "ms_p20"), ("p80", "ms_p80"))
 
 
 def heading(env: dict[str, Any]) -> str:

@@ -1,9 +1,7 @@
 """Causal attention, plain and with its options, against what else computes it.
 
-    python benchmarks/attention.py [--device cpu] [--quick] [--only sdpa fastlm]
-
-The same as ``python benchmarks/run.py attention attention_options``.  Work is counted over the
-pairs of query and key that see each other, so what computes more of them is only slower.
+Work is counted over the pairs of query and key that see each other, so what computes more of them
+is only slower.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,16 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
-from fastlm.benchmarks._harness import (
-    Case,
-    Outputs,
-    Problem,
-    Provider,
-    benchmark,
-    compiled,
-    cotangent,
-    cuda_kernels,
-)
+from fastlm.benchmarks._harness import Case, Problem, benchmark, cotangent, quick
+from fastlm.benchmarks._judge import Outputs
+from fastlm.benchmarks._providers import Make, Provider, compiled, cuda_kernels, given
 from fastlm.ops.attention import BACKENDS
 from fastlm.ops.reference import attention as reference
 from fastlm.ops.reference._key_ranges import key_ranges
@@ -96,15 +86,22 @@ CPU_OPTIONS = [
     _problem("softcap", ("torch", "fastlm"), B=4, T=256, H=6, G=6, D=64),
     _problem("sinks", ("torch", "fastlm"), B=1, T=1024, H=12, G=4, D=64),
 ]
-_QUICK = ("sdpa.mask", "sdpa.built", "varlen", "flash-attn", "torch", "fastlm")
-QUICK_OPTIONS = [
-    _problem("window", _QUICK, B=2, T=48, H=4, G=2, D=16, W=16),
-    _problem("packed", _QUICK, B=1, T=96, H=4, G=2, D=16, docs=4),
-    _problem("padded", _QUICK, B=3, T=48, H=4, G=2, D=16),
-    _problem("prefix", _QUICK, B=1, T=16, S=48, H=4, G=2, D=16),
-    _problem("softcap", _QUICK, B=2, T=48, H=4, G=2, D=16),
-    _problem("sinks", _QUICK, B=2, T=48, H=4, G=2, D=16),
-]
+_UNCOMPILED = (*FUSED, "sdpa.math", "torch", "sdpa.mask", "sdpa.built", "varlen")
+QUICK = quick([_causal(1, t, 4, 64) for t in (256, 128, 512)], _UNCOMPILED)
+QUICK += [replace(QUICK[0], only=("flex",), modes=("fwd",))]
+_WINDOW = _problem("window", B=1, T=512, H=4, G=4, D=64, W=64)
+QUICK_OPTIONS = quick(
+    [
+        _WINDOW,
+        _problem("packed", B=1, T=512, H=4, G=4, D=64, docs=8),
+        _problem("padded", B=4, T=128, H=4, G=4, D=64),
+        _problem("prefix", B=1, T=64, S=512, H=4, G=4, D=64),
+        _problem("softcap", B=1, T=256, H=4, G=4, D=64),
+        _problem("sinks", B=1, T=256, H=4, G=2, D=64),
+    ],
+    _UNCOMPILED,
+)
+QUICK_OPTIONS += [replace(_WINDOW, only=("flex",), modes=("fwd",))]
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class _Call:
         return 4.0 * heads * head_dim * pairs
 
 
-@benchmark("attention", CAUSAL_PROVIDERS, cuda=GPU, cpu=CPU, quick=CPU[:1])
+@benchmark("attention", CAUSAL_PROVIDERS, cuda=GPU, cpu=CPU, quick=QUICK)
 def attention(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     return _case(problem, dtype, device)
 
@@ -219,25 +216,35 @@ def _call(problem: Problem, dtype: torch.dtype, device: str) -> _Call:
     return call
 
 
-def _providers(call: _Call) -> dict[str, Provider]:
+def _providers(call: _Call) -> dict[str, Make]:
     """The yardstick is what torch fuses, with a mask where it must; else what one writes."""
     fits_mask = call.softcap is None and call.sinks is None
     if call.kind == "causal":
-        providers: dict[str, Provider] = {"sdpa": sdpa}
-        providers |= {name: _forced(backend) for name, backend in FORCED.items()}
-        providers |= {"torch": eager(call), "torch.compile": compiled(eager(call))}
+        providers: dict[str, Make] = {"sdpa": given(sdpa)}
+        providers |= {name: given(_forced(backend)) for name, backend in FORCED.items()}
+        providers["torch"] = given(eager(call))
+        providers["torch.compile"] = lambda: compiled(eager(call))
     elif fits_mask:
         providers = {
-            "sdpa.mask": sdpa_mask(call, at_once=True),
-            "sdpa.built": sdpa_mask(call, at_once=False),
-            "torch": eager(call),
+            "sdpa.mask": given(sdpa_mask(call, at_once=True)),
+            "sdpa.built": given(sdpa_mask(call, at_once=False)),
+            "torch": given(eager(call)),
         }
     else:
         refusal = f"scaled_dot_product_attention has no {call.kind}"
-        providers = {"torch": eager(call), "sdpa.mask": refusal, "sdpa.built": refusal}
-    providers |= {"flex": flex(call), "varlen": varlen(call), "flash-attn": flash_attn(call)}
-    by_cuda = cuda_kernels(fused(call), BACKENDS, call.device)
-    return {**providers, "fastlm": fused(call), "cuda": by_cuda}
+        providers = {
+            "torch": given(eager(call)),
+            "sdpa.mask": lambda: refusal,
+            "sdpa.built": lambda: refusal,
+        }
+    return {
+        **providers,
+        "flex": functools.partial(flex, call),
+        "varlen": functools.partial(varlen, call),
+        "flash-attn": functools.partial(flash_attn, call),
+        "fastlm": given(fused(call)),
+        "cuda": lambda: cuda_kernels(fused(call), BACKENDS, call.device),
+    }
 
 
 def fused(call: _Call) -> Callable[..., Tensor]:
@@ -267,7 +274,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) 
     return out.transpose(1, 2)
 
 
-def _forced(backend: SDPBackend) -> Provider:
+def _forced(backend: SDPBackend) -> Callable[..., Tensor]:
     """SDPA by one of its backends, which says why where it does not take the call."""
 
     def only(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -287,10 +294,10 @@ def _forced(backend: SDPBackend) -> Provider:
     return only
 
 
-def sdpa_mask(call: _Call, *, at_once: bool) -> Provider:
+def sdpa_mask(call: _Call, *, at_once: bool) -> Callable[..., Tensor]:
     """SDPA with a mask: there already, or built in each call, as it is where batches differ."""
-    given = functools.cache(call.mask)
-    return lambda q, k, v: sdpa(q, k, v, given() if at_once else call.mask())
+    kept = functools.cache(call.mask)
+    return lambda q, k, v: sdpa(q, k, v, kept() if at_once else call.mask())
 
 
 def eager(call: _Call) -> Callable[..., Tensor]:
@@ -431,9 +438,3 @@ def flash_attn(call: _Call) -> Provider:
         ).view(query.shape)
 
     return packed
-
-
-if __name__ == "__main__":
-    from fastlm.benchmarks.__main__ import main
-
-    sys.exit(main(["attention", "attention_options", *sys.argv[1:]]))

@@ -1,22 +1,21 @@
 """One token of every sequence over a cache of keys and values, against what else reads one.
 
-    python benchmarks/attention_with_kv_cache.py [--device cpu] [--quick] [--only sdpa fastlm]
-
 All there is to it is reading the cache: ``fraction_of_peak`` is the bandwidth over that of a copy.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastlm
-from fastlm.benchmarks._harness import Case, Outputs, Problem, Provider, benchmark
+from fastlm.benchmarks._harness import Case, Problem, benchmark, quick
+from fastlm.benchmarks._judge import Outputs
+from fastlm.benchmarks._providers import Provider, compiled, cuda_kernels, given, installed
+from fastlm.ops.attention_with_kv_cache import BACKENDS
 
 
 def _cache(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> Problem:
@@ -33,10 +32,14 @@ GPU = [
 ]  # fmt: skip
 GPU += [_cache(16, 32_768, 16, 16, 64), _cache(16, 32_768, 64, 8, 256)]
 CPU = [_cache(1, 1024, 8, 4, 64), _cache(1, 16_384, 8, 4, 64), _cache(8, 2048, 8, 8, 64)]
-PROVIDERS = ("sdpa", "flash-attn", "fastlm")
+QUICK = quick(
+    [_cache(1, length, 8, 4, 64) for length in (2048, 512, 8192)],
+    ("sdpa", "torch", "flash-attn", "fastlm", "cuda"),
+)
+PROVIDERS = ("sdpa", "torch", "torch.compile", "flex", "flash-attn", "fastlm", "cuda")
 
 
-@benchmark("attention_with_kv_cache", PROVIDERS, cuda=GPU, cpu=CPU, quick=CPU[:1])
+@benchmark("attention_with_kv_cache", PROVIDERS, cuda=GPU, cpu=CPU, quick=QUICK)
 def attention_with_kv_cache(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     batch, length, heads, kv_heads, head_dim = problem.shape.values()
     query = torch.randn(batch, 1, heads, head_dim, device=device).to(dtype)
@@ -49,8 +52,13 @@ def attention_with_kv_cache(problem: Problem, dtype: torch.dtype, device: str) -
         rows = zip(query, keys, values, strict=True)
         return (torch.cat([_exact(q, k, v) for q, k, v in rows])[:, None],)
 
-    def ours(query: Tensor, keys: Tensor, values: Tensor) -> Any:
-        return fastlm.attention_with_kv_cache(query, keys, values, cache_seqlens=lengths)
+    ours = functools.partial(fastlm.attention_with_kv_cache, cache_seqlens=lengths)
+
+    def plain(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = query.view(batch, kv_heads, -1, head_dim)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        p = (q @ k.mT * head_dim**-0.5).softmax(-1)
+        return (p @ v).view(query.shape)
 
     def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
@@ -59,7 +67,15 @@ def attention_with_kv_cache(problem: Problem, dtype: torch.dtype, device: str) -
 
     return Case(
         inputs=(query, keys, values),
-        providers={"sdpa": sdpa, "flash-attn": _flash_attn(lengths), "fastlm": ours},
+        providers={
+            "sdpa": given(sdpa),
+            "torch": given(plain),
+            "torch.compile": lambda: compiled(plain),
+            "flex": _flex,
+            "flash-attn": functools.partial(_flash_attn, lengths),
+            "fastlm": given(ours),
+            "cuda": lambda: cuda_kernels(ours, BACKENDS, device),
+        },
         truth=truth,
         bytes_moved={"fwd": keys.nbytes + values.nbytes + 2.0 * query.nbytes},
         flops={"fwd": 4.0 * batch * length * heads * head_dim},
@@ -74,19 +90,22 @@ def _exact(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hs,shd->hd", scores.softmax(dim=-1), v)[None]
 
 
+def _flex() -> Provider:
+    function = installed("torch.nn.attention.flex_attention", "flex_attention")
+    if isinstance(function, str):
+        return function
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
+        return function(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return compiled(attend)
+
+
 def _flash_attn(lengths: Tensor) -> Provider:
-    try:
-        package = importlib.import_module("flash_attn")
-    except ImportError as error:
-        return str(error)
-
-    def call(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return package.flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths)
-
-    return call
-
-
-if __name__ == "__main__":
-    from fastlm.benchmarks.__main__ import main
-
-    sys.exit(main(["attention_with_kv_cache", *sys.argv[1:]]))
+    function = installed("flash_attn", "flash_attn_with_kvcache")
+    return (
+        function
+        if isinstance(function, str)
+        else functools.partial(function, cache_seqlens=lengths)
+    )

@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import functools
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +31,10 @@ import torch
 from torch import Tensor, nn
 
 import fastlm
-from fastlm.benchmarks import _harness, _report
+from fastlm.benchmarks import _report
+from fastlm.benchmarks._memory import extra_peak_mib
 from fastlm.benchmarks._static_decoder import StaticDecoder
+from fastlm.benchmarks._timing import Ceilings, measure_ceilings, name_of, percentiles
 from fastlm.model.products import FewRows
 
 PROMPT = 16
@@ -104,7 +105,7 @@ SIZES = {
 
 def refusal(
     size: Size, batch: int, prompt: int, itemsize: int, calls: int, most_seconds: float,
-    ceilings: _harness.Ceilings, device: str,
+    ceilings: Ceilings, device: str,
 ) -> str | None:  # fmt: skip
     """Why ``calls`` with so many prompts are not worth trying, or None."""
     # ours and theirs, and a cache that is copied as it grows
@@ -243,7 +244,8 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Print and return the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=list(SIZES), default=default)
@@ -265,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = SIZES[device]
     name_of_dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
     dtype = DTYPES[name_of_dtype]
-    ceilings = _harness.measure_ceilings(device, [dtype])
+    ceilings = measure_ceilings(device, [dtype])
     env = _report.environment(device, ceilings)
     print(f"{_report.heading(env)}\n{torch.get_num_threads()} threads, {name_of_dtype}")
     print(
@@ -284,11 +286,12 @@ def main(arguments: list[str] | None = None) -> None:
             if options.json:
                 # what there is, should the time run out
                 _report.save(Path(options.json), env, rows)
+    return rows
 
 
 def _of_prompts(
     name: str, size: Size, batches: Sequence[int], prompt: int, dtype: torch.dtype,
-    options: argparse.Namespace, ceilings: _harness.Ceilings, *, apart: bool,
+    options: argparse.Namespace, ceilings: Ceilings, *, apart: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of every batch of prompts of one length, printed as they come."""
     device, rows = options.device, list[dict[str, Any]]()
@@ -306,7 +309,7 @@ def _of_prompts(
             "new_tokens": size.new_tokens,
         }  # fmt: skip
         common = {
-            "op": "generate", "mode": "decode", "shape": shape, "dtype": _harness.name_of(dtype)
+            "op": "generate", "mode": "decode", "shape": shape, "dtype": name_of(dtype)
         }  # fmt: skip
         counted = len(wanted[batch]) * (2 + options.rounds * (2 if apart else 1))
         reason = refusal(
@@ -323,18 +326,14 @@ def _of_prompts(
         peaks: dict[str, float | None] = {}
         for provider, call in list(calls.items()):
             try:
-                peaks[provider] = _harness.extra_peak_mib(
-                    functools.partial(call, prompts, 4), device
-                )
+                peaks[provider] = extra_peak_mib(functools.partial(call, prompts, 4), device)
             except torch.OutOfMemoryError as error:
                 rows.append({**common, "provider": provider, "failed": str(error).split("\n")[0]})
                 print(f"{name:6}{batch:6}{prompt:8}  {provider:20} out of memory", flush=True)
                 del calls[provider]
         measured = measure(calls, prompts, size.new_tokens, options.rounds, apart=apart)
         for provider, rates in measured.items():
-            low, middle, high = (
-                statistics.quantiles(rates, n=10, method="inclusive")[at] for at in (1, 4, 7)
-            )
+            low, middle, high = percentiles(rates)
             # every weight is read once for a token of all rows, the tied embedding as the head; and
             # what each row has seen
             itemsize = 1 if provider == "fastlm.int8" else dtype.itemsize

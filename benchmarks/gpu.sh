@@ -36,6 +36,7 @@ time-attention_options       | 150 | 580 | run_benchmark attention_options
 time-attention_with_kv_cache | 100 | 400 | run_benchmark attention_with_kv_cache
 time-cross_entropy           | 120 | 400 | run_benchmark cross_entropy
 time-linear_cross_entropy    | 150 | 580 | run_benchmark linear_cross_entropy
+time-pointwise               | 100 | 400 | run_benchmark rms_norm apply_rotary glu
 time-decode                  | 150 | 400 | run_decode
 sanitize-memcheck            |  60 | 400 | run_sanitizer memcheck
 sanitize-racecheck           |  60 | 300 | run_sanitizer racecheck small
@@ -98,7 +99,9 @@ run_sanitizer() {
 }
 
 run_benchmark() {
-  "$python" benchmarks/run.py "$1" --device cuda --out "$out" --seconds "$((limit - 40))" $fresh
+  # one file for all ops, and one archive beside it with the milliseconds of every call
+  "$python" benchmarks/run.py "$@" --suite gpu --json "$out/gpu.json" \
+    --seconds "$((limit - 40))" $fresh
 }
 
 run_decode() {
@@ -228,8 +231,17 @@ done
 save
 rm -f "$out"/*.part
 
+draw_report() {
+  # of its pictures, which would be many files, the page has copies
+  local pictures
+  pictures=$(mktemp -d)
+  "$python" benchmarks/run.py --show "$out" --plot "$pictures" &&
+    cp "$pictures/report.html" "$out/report.html"
+  rm -rf "$pictures"
+}
+
 {
-  [ -n "$stages" ] || "$python" benchmarks/run.py --show "$out" || true
+  [ -n "$stages" ] || draw_report || true
   printf '\n%-28s %-10s %7s  %s\n' stage result seconds note
   for name in "${names[@]}"; do
     printf '%-28s %-10s %7s  %s\n' "$name" "${status[$name]}" "${took[$name]}" "${note[$name]}"

@@ -1,33 +1,23 @@
 """The losses against what else there is: of logits that are there, and of a linear layer's.
 
-    python benchmarks/loss.py [--device cpu] [--quick] [--only torch fastlm]
-
-The same as ``python benchmarks/run.py cross_entropy linear_cross_entropy``.  Inputs are random, or
-``peaked`` as a trained model's: what skips small gradients is flattered by random logits, where all
-of them are small.  ``products`` is no loss but the matrix products that every exact one needs.
+Inputs are random, or ``peaked`` as a trained model's: what skips small gradients is flattered by
+random logits, where all of them are small.  ``products`` is no loss but the matrix products that
+every exact one needs.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm
-from fastlm.benchmarks._harness import (
-    Case,
-    Outputs,
-    Problem,
-    Provider,
-    benchmark,
-    compiled,
-    cuda_kernels,
-)
+from fastlm.benchmarks._harness import Case, Problem, benchmark, quick
+from fastlm.benchmarks._judge import Outputs
+from fastlm.benchmarks._providers import Provider, compiled, cuda_kernels, installed
 from fastlm.ops.cross_entropy import BACKENDS as LOGITS_BACKENDS
 from fastlm.ops.linear_cross_entropy import BACKENDS as LAYER_BACKENDS
 
@@ -67,6 +57,13 @@ CPU_LAYERS += [
         modes=("fwd_bwd",),
     )
 ]
+_FAST = ("torch", "torch.chunked", "liger", "quack", "fastlm", "cuda", "products")
+QUICK_LOGITS = quick(_logits((128, 8192), (128, 1024), (128, 32_768)), _FAST)
+QUICK_LAYERS = quick(
+    _layers((128, 128, 8192), (128, 128, 1024), (128, 128, 32_768))
+    + _layers((128, 128, 8192), inputs="peaked"),
+    _FAST,
+)
 # Name to a function of the device; the yardstick first.
 Providers = dict[str, Callable[[str], Provider]]
 LOGITS_PROVIDERS: Providers = {
@@ -82,14 +79,14 @@ LAYER_PROVIDERS: Providers = {
     "torch.compile": lambda device: compiled(torch_layer_loss),
     "torch.chunked": lambda device: torch_chunked(),
     "liger": lambda device: installed(f"{LIGER}.functional", "liger_fused_linear_cross_entropy"),
-    "cce": lambda device: installed("cut_cross_entropy", "linear_cross_entropy"),
+    "cce": lambda device: cut_cross_entropy(device),
     "quack": lambda device: installed("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
     "fastlm": lambda device: fastlm.linear_cross_entropy,
     "cuda": lambda device: cuda_kernels(fastlm.linear_cross_entropy, LAYER_BACKENDS, device),
 }
 
 
-@benchmark("cross_entropy", LOGITS_PROVIDERS, cuda=GPU_LOGITS, cpu=CPU_LOGITS, quick=CPU_LOGITS[:1])
+@benchmark("cross_entropy", LOGITS_PROVIDERS, cuda=GPU_LOGITS, cpu=CPU_LOGITS, quick=QUICK_LOGITS)
 def cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     rows, vocab_size = problem.shape["N"], problem.shape["V"]
     logits = torch.randn(rows, vocab_size, device=device).mul_(4)
@@ -106,7 +103,7 @@ def cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     size = logits.numel() * logits.element_size()
     return Case(
         inputs=(logits, target),
-        providers={name: of(device) for name, of in LOGITS_PROVIDERS.items()},
+        providers={name: functools.partial(of, device) for name, of in LOGITS_PROVIDERS.items()},
         truth=truth,
         bytes_moved={"fwd": size, "fwd_bwd": 3 * size},
         flops={"fwd": 4.0 * logits.numel(), "fwd_bwd": 8.0 * logits.numel()},
@@ -116,7 +113,7 @@ def cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
 
 @benchmark(
     "linear_cross_entropy", (*LAYER_PROVIDERS, "products"),
-    cuda=GPU_LAYERS, cpu=CPU_LAYERS, quick=CPU_LAYERS[:1],
+    cuda=GPU_LAYERS, cpu=CPU_LAYERS, quick=QUICK_LAYERS,
 )  # fmt: skip
 def linear_cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> Case:
     rows, width, vocab_size = (problem.shape[name] for name in "NCV")
@@ -133,7 +130,7 @@ def linear_cross_entropy(problem: Problem, dtype: torch.dtype, device: str) -> C
     inputs = (hidden.numel() + weight.numel()) * hidden.element_size()
     return Case(
         inputs=(hidden, weight, target),
-        providers={name: of(device) for name, of in LAYER_PROVIDERS.items()},
+        providers={name: functools.partial(of, device) for name, of in LAYER_PROVIDERS.items()},
         truth=truth,
         bytes_moved={"fwd": inputs, "fwd_bwd": 3 * inputs},
         # logits, gradient of hidden, gradient of weight
@@ -217,13 +214,12 @@ def torch_chunked() -> Provider:
     )
 
 
-def installed(module: str, name: str) -> Provider:
-    """A function of a package that need not be there, or why it is not."""
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        return str(error)
-    return function
+def cut_cross_entropy(device: str) -> Provider:
+    """Its kernels on a GPU; on a CPU what it offers there, its definition by torch.compile."""
+    function = installed("cut_cross_entropy", "linear_cross_entropy")
+    if device == "cuda" or isinstance(function, str):
+        return function
+    return functools.partial(function, impl="torch_compile")
 
 
 def exact(logits: Tensor, target: Tensor) -> Outputs:
@@ -255,9 +251,3 @@ def _exact_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     dlogits = logits.softmax(-1)
     dlogits[torch.arange(len(target), device=target.device), target] -= 1
     return losses, dlogits
-
-
-if __name__ == "__main__":
-    from fastlm.benchmarks.__main__ import main
-
-    sys.exit(main(["cross_entropy", "linear_cross_entropy", *sys.argv[1:]]))

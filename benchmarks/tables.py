@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlm.benchmarks._providers import kind_of
+
 ROOT = Path(__file__).resolve().parents[1]  # of a checkout: a wheel has no results
 # in order of the page
 SUITES = {
@@ -27,8 +29,6 @@ SUITES = {
     "train_step": "A training step of a whole model",
     "time_to_loss": "Time to loss",
 }
-# what a row with these providers can at best be, not what somebody offers
-YARDSTICKS = ("products",)
 README_DEVICE = "cpu-2-cores"
 BEGIN, END = "<!-- written by make docs-tables -->\n", "<!-- end -->"
 
@@ -45,12 +45,7 @@ class Case:
 
     @property
     def others(self) -> dict[str, Row]:
-        ours = ("fastlm", *YARDSTICKS)
-        return {
-            name: row
-            for name, row in self.rows.items()
-            if name not in ours and not name.startswith("fastlm.")
-        }
+        return {name: row for name, row in self.rows.items() if kind_of(name) == "foreign"}
 
     def fastest_other(self) -> tuple[str, Row] | None:
         return min(self.others.items(), key=lambda item: item[1]["ms_p50"], default=None)
@@ -267,8 +262,8 @@ def _whole(value: float | None) -> str:
 def _in_order(names: Iterable[str]) -> list[str]:
     """fastlm first, what is no offer last."""
     found = dict.fromkeys(names)
-    first = [name for name in found if name.startswith("fastlm")]
-    last = [name for name in found if name in YARDSTICKS]
+    first = [name for name in found if kind_of(name) == "ours"]
+    last = [name for name in found if kind_of(name) == "yardstick"]
     return [*first, *(name for name in found if name not in (*first, *last)), *last]
 
 

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm
-from fastlm.benchmarks import _harness, _report
+from fastlm.benchmarks import _report
+from fastlm.benchmarks._timing import measure_ceilings
 
 CHARACTERS = 1_115_394
 """As many as the text of nanoGPT's example has."""
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="another English text, UTF-8")
     parser.add_argument("--out", type=Path, help="folder of the result, time_to_loss.json")
     options = parser.parse_args(argv)
-    env = _report.environment("cpu", _harness.measure_ceilings("cpu", [torch.float32]))
+    env = _report.environment("cpu", measure_ceilings("cpu", [torch.float32]))
     folder = options.out or Path(__file__).parent / "results" / _report.slug(env["device"])
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,9 @@ import torch
 from torch import nn
 
 import fastlm
-from fastlm.benchmarks import _harness, _report
+from fastlm.benchmarks import _report
+from fastlm.benchmarks._memory import extra_peak_mib
+from fastlm.benchmarks._timing import measure_ceilings, percentiles
 
 PROVIDERS = ("fastlm", "transformers")
 
@@ -105,13 +106,8 @@ def measure_times(shape: Shape, vocab_size: int, rounds: int) -> dict[str, dict[
 
 
 def _quantiles(times: list[float]) -> dict[str, float]:
-    tenths = statistics.quantiles(times, n=10, method="inclusive")
-    return {
-        "ms_min": 1e3 * min(times),
-        "ms_p20": 1e3 * tenths[1],
-        "ms_p50": 1e3 * statistics.median(times),
-        "ms_p80": 1e3 * tenths[7],
-    }
+    low, middle, high = percentiles([1e3 * seconds for seconds in times])
+    return {"ms_min": 1e3 * min(times), "ms_p20": low, "ms_p50": middle, "ms_p80": high}
 
 
 def measure_memory(shape: Shape, vocab_size: int) -> dict[str, float]:
@@ -129,23 +125,27 @@ def _peak_of_steps(provider: str, shape: Shape, vocab_size: int) -> float:
     small = dataclasses.replace(shape, hidden=64, layers=1, length=16)
     stepper(provider, small.config(512), small)()
     step = stepper(provider, shape.config(vocab_size), shape)
-    peak = _harness.extra_peak_mib(lambda: [step() for _ in range(2)], "cpu")
+    peak = extra_peak_mib(lambda: [step() for _ in range(2)], "cpu")
     assert peak is not None, "this system counts no peak"
     return peak
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Print and return the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for field in dataclasses.fields(Shape):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--vocab", type=int, default=8192, help="vocabulary for the times")
-    parser.add_argument("--large-vocab", type=int, default=131_072, help="and for the memory")
+    parser.add_argument(
+        "--large-vocab", type=int, default=131_072, help="and for the memory; 0: not"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", metavar="FILE")
     options = vars(parser.parse_args(arguments))
     shape = Shape(**{field.name: options[field.name] for field in dataclasses.fields(Shape)})
     times = measure_times(shape, options["vocab"], options["rounds"])
-    memory = measure_memory(shape, options["large_vocab"])
+    large = options["large_vocab"]
+    memory = measure_memory(shape, large) if large else {}
     rows: list[dict[str, Any]] = []
     for provider in PROVIDERS:
         rows.append(
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "dtype": "float32",
                 **times[provider],
                 "peak_mib_vocab": options["large_vocab"],
-                "peak_mib": memory[provider],
+                "peak_mib": memory.get(provider),
             }
         )
     print(f"{shape}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -169,10 +169,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'provider':14}{'min':>8}{'p20':>8}{'p50':>8}{'p80':>8}{'peak of two steps':>22}")
     for row in rows:
         cells = "".join(f"{row[name]:8.1f}" for name in ("ms_min", "ms_p20", "ms_p50", "ms_p80"))
-        print(f"{row['provider']:14}{cells}{row['peak_mib']:22.0f}")
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        print(f"{row['provider']:14}{cells}{peak:>22}")
     if options["json"]:
-        env = _report.environment("cpu", _harness.measure_ceilings("cpu", [torch.float32]))
+        env = _report.environment("cpu", measure_ceilings("cpu", [torch.float32]))
         _report.save(Path(options["json"]), env, rows)
+    return rows
 
 
 if __name__ == "__main__":

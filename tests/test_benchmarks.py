@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import operator
 import os
 import re
 import runpy
+import shutil
+import statistics
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from fastlm.cli import main
+
 ROOT = Path(__file__).parent.parent
-GPU_SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 # real kernels and real speed: the interpreter is for the tests around this one
 PLAIN = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 FIELDS = {
     "op", "mode", "provider", "shape", "dtype", "ms_p50", "ms_p20", "ms_p80", "tflops", "gbps",
-    "fraction_of_peak", "peak_mib", "max_rel_err", "inputs",
+    "fraction_of_peak", "peak_mib", "max_rel_err", "inputs", "baseline", "speedup",
 }  # fmt: skip
-
-# As long as the plan, with every way a stage can end.
-STAGES = """
-good  | 1   | 9   | echo fine
-bad   | 1   | 9   | echo broken; test -e "$out/mended"
-slow  | 1   | 1   | sleep 30
-lacks | 1   | 9   | echo "pytest is missing"; exit 77
-large | 500 | 600 | echo never
-"""
+LOSS = ("cross_entropy", "--shapes", "N=768,V=65")
+ALL_MODES = ("--mode", "fwd", "bwd", "fwd_bwd")
+HEADS = ("--shapes", "T=48,H=4,G=2,D=16", *ALL_MODES)
 
 
 def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
 
 
-def benchmark(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = ROOT / "benchmarks" / "run.py"
-    return run(
-        sys.executable, script, *arguments, "--device", "cpu", "--quick", "--out", out, env=PLAIN
-    )
+def bench(out: Path, *arguments: str) -> int:
+    """The exit code of ``fastlm bench``."""
+    return main(["bench", *arguments, "--device", "cpu", "--json", str(out / "rows.json")])
+
+
+def planted(out: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same after ``code`` has run in the process."""
+    words = [*arguments, "--device", "cpu", "--json", str(out / "rows.json")]
+    rest = f"\nimport sys\nfrom fastlm.benchmarks.__main__ import main\nsys.exit(main({words!r}))"
+    return run(sys.executable, "-P", "-c", code + rest, env=PLAIN)
 
 
 def test_rows_have_the_fields_readers_rely_on_and_a_second_call_adds_none(tmp_path):
-    first = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
-    assert first.returncode == 0, first.stdout + first.stderr
-    content = json.loads((tmp_path / "cross_entropy.quick.json").read_text())
+    assert bench(tmp_path, *LOSS, "--only", "torch", "fastlm") == 0
+    content = json.loads((tmp_path / "rows.json").read_text())
     assert {"device", "torch", "triton", "git", "date", "ceilings"} <= content["env"].keys()
     assert {(r["mode"], r["provider"]) for r in content["rows"]} == {
         (mode, provider) for mode in ("fwd", "fwd_bwd") for provider in ("torch", "fastlm")
@@ -57,73 +61,162 @@ def test_rows_have_the_fields_readers_rely_on_and_a_second_call_adds_none(tmp_pa
         assert row["inputs"] == "random"
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert 0 < row["max_rel_err"] < 1e-3
-    benchmark(tmp_path, "cross_entropy", "--only", "fastlm", "torch")
-    assert rows_of(tmp_path, "cross_entropy") == content["rows"]
+        assert (row["speedup"] == 1) == (row["provider"] == row["baseline"] == "torch")
+    assert bench(tmp_path, *LOSS, "--only", "fastlm,torch") == 0
+    assert rows_of(tmp_path) == content["rows"]
+
+
+def test_every_call_behind_a_row_is_kept(tmp_path):
+    bench(tmp_path, *LOSS, "--mode", "fwd", "--only", "torch", "fastlm")
+    rows = rows_of(tmp_path)
+    assert [row["mode"] for row in rows] == ["fwd", "fwd"]
+    with zipfile.ZipFile(tmp_path / "rows.samples.zip") as archive:
+        samples = json.loads(archive.read("samples.json"))
+    for row, (key, times) in zip(rows, samples.items(), strict=True):
+        assert json.loads(key)[-1] == row["provider"]
+        assert statistics.median(times) == row["ms_p50"]
+        assert len(times) >= 5
+    ratios = map(operator.truediv, *samples.values())
+    assert statistics.median(ratios) == rows[1]["speedup"]
+
+
+def test_what_is_measured_anew_leaves_other_ops_as_they_are(tmp_path):
+    loss, glu = (*LOSS, "--only", "fastlm"), ("glu", "--shapes", "N=16,I=32", "--only", "fastlm")
+    bench(tmp_path, *loss)
+    bench(tmp_path, *glu)
+    before = rows_of(tmp_path)
+    assert bench(tmp_path, *glu, "--fresh") == 0
+    after = rows_of(tmp_path)
+    assert after[:2] == before[:2]
+    assert [row["op"] for row in after] == ["cross_entropy"] * 2 + ["glu"] * 2
+    assert after[2:] != before[2:]
 
 
 def test_a_call_for_a_few_leaves_the_others_to_the_next(tmp_path):
-    benchmark(tmp_path, "cross_entropy", "--only", "fastlm")
-    before = rows_of(tmp_path, "cross_entropy")
-    later = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
-    assert later.returncode == 0, later.stdout + later.stderr
-    rows = rows_of(tmp_path, "cross_entropy")
+    bench(tmp_path, *LOSS, "--only", "fastlm")
+    before = rows_of(tmp_path)
+    assert bench(tmp_path, *LOSS, "--only", "torch", "fastlm") == 0
+    rows = rows_of(tmp_path)
     assert rows[: len(before)] == before
     assert [(row["mode"], row["provider"]) for row in rows] == [
         ("fwd", "fastlm"), ("fwd_bwd", "fastlm"), ("fwd", "torch"), ("fwd_bwd", "torch"),
     ]  # fmt: skip
 
 
-def test_who_ran_when_the_process_ended_is_not_tried_again_and_others_are(tmp_path):
-    planted = f"""
+DIES = """
 import os
 import fastlm
 fastlm.cross_entropy = lambda *args: os._exit(9)
-from fastlm.benchmarks.__main__ import main
-options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
-main(["cross_entropy", *options])
 """
-    assert run(sys.executable, "-P", "-c", planted, env=PLAIN).returncode == 9
-    done = benchmark(tmp_path, "cross_entropy", "--only", "torch", "fastlm")
-    assert done.returncode == 1, done.stdout + done.stderr
-    rows = rows_of(tmp_path, "cross_entropy")
+
+
+def test_who_ran_when_the_process_ended_is_not_tried_again_and_others_are(tmp_path):
+    assert planted(tmp_path, DIES, *LOSS, "--only", "fastlm").returncode == 9
+    assert bench(tmp_path, *LOSS, "--only", "torch", "fastlm") == 1
+    rows = rows_of(tmp_path)
     assert [(row["mode"], row["provider"], row.get("failed")) for row in rows] == [
         ("fwd", "fastlm", "ended the process"), ("fwd_bwd", "fastlm", "ended the process"),
         ("fwd", "torch", None), ("fwd_bwd", "torch", None),
     ]  # fmt: skip
 
 
-def test_a_wrong_result_has_no_speed(tmp_path):
-    planted = f"""
-import torch
+OFF_BY_A_THOUSANDTH = """
 from fastlm.ops.eager import cross_entropy
 right = cross_entropy.backward
 cross_entropy.backward = lambda *args: right(*args) * 1.001
-from fastlm.benchmarks.__main__ import main
-options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
-raise SystemExit(main(["cross_entropy", *options]))
 """
-    done = run(sys.executable, "-P", "-c", planted, env=PLAIN)
+
+
+# Each of these would be the fastest of all.
+CHEATS = """
+import dataclasses
+import torch
+import torch.nn.functional as F
+from fastlm.benchmarks import _providers, loss
+from fastlm.benchmarks._harness import REGISTRY
+
+class Cheat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, kind, state):
+        with torch.enable_grad():
+            x = logits.detach().requires_grad_()
+            honest = F.cross_entropy(x, target)
+        result = honest.detach(), torch.autograd.grad(honest, x)[0]
+        state["calls"] = state.get("calls", 0) + 1
+        if kind == "zeros":
+            result = tuple(torch.zeros_like(y) for y in result)
+        if kind == "sloppy":
+            result = tuple(y * 1.01 for y in result)
+        if kind == "short":
+            result = tuple(y * 0.95 for y in result)
+        if kind == "skips":
+            result = result[0], torch.zeros_like(x)
+        if kind == "cached":
+            result = state.setdefault("kept", result)
+        if kind == "stale":
+            # as a graph that was recorded once it was warm
+            result = state.setdefault("kept", result) if state["calls"] > 4 else result
+        ctx.save_for_backward(result[1])
+        return result[0].clone()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return dloss * ctx.saved_tensors[0], None, None, None
+
+def planted(kind):
+    state = {}
+    return lambda device: lambda logits, target: Cheat.apply(logits, target, kind, state)
+
+kinds = ("honest", "sloppy", "short", "zeros", "skips", "cached", "stale")
+for kind in kinds:
+    _providers.PROVIDERS[kind] = _providers.Source(kind)
+    loss.LOGITS_PROVIDERS[kind] = planted(kind)
+loss.LOGITS_PROVIDERS["detaches"] = lambda device: lambda x, y: F.cross_entropy(x.detach(), y)
+_providers.PROVIDERS["detaches"] = _providers.Source("no gradient at all")
+bench = REGISTRY["cross_entropy"]
+REGISTRY["cross_entropy"] = dataclasses.replace(
+    bench, providers=(*bench.providers, *kinds, "detaches")
+)
+"""
+
+
+def test_a_wrong_result_has_no_speed_beside_whom_ever(tmp_path):
+    wrong = CHEATS + OFF_BY_A_THOUSANDTH
+    done = planted(tmp_path, wrong, *LOSS, "--only", "sloppy", "fastlm")
     assert done.returncode == 1, done.stdout + done.stderr
-    forward, backward = json.loads((tmp_path / "cross_entropy.quick.json").read_text())["rows"]
+    for row in rows_of(tmp_path, provider="sloppy"):
+        assert 0.005 < row["max_rel_err"] < 0.02
+    forward, backward = rows_of(tmp_path, provider="fastlm")
     assert "ms_p50" in forward
     assert "ms_p50" not in backward
-    assert "AssertionError" in backward["failed"]
+    assert backward["wrong"].startswith("fastlm fwd_bwd, output 1: error ")
+
+
+def test_cheats_are_marked_wrong_and_have_no_speed(tmp_path):
+    cheats = "honest,short,zeros,skips,cached,stale,detaches"
+    done = planted(tmp_path, CHEATS, *LOSS, "--only", cheats)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["provider"], row["mode"]): row for row in rows_of(tmp_path)}
+    for mode in ("fwd", "fwd_bwd"):
+        assert "ms_p50" in rows["honest", mode]
+        for kind in ("short", "zeros", "cached", "stale"):
+            assert "wrong" in rows[kind, mode], rows[kind, mode]
+    assert "ms_p50" in rows["skips", "fwd"]
+    assert "output 1" in rows["skips", "fwd_bwd"]["wrong"]
+    assert "does not require grad" in rows["detaches", "fwd_bwd"]["failed"]
+    assert "result of another call" in rows["stale", "fwd"]["wrong"]
+    assert all("ms_p50" not in row for row in rows.values() if row.keys() & {"wrong", "failed"})
+
+
+NO_CCE = "import sys; sys.modules['cut_cross_entropy'] = None"
 
 
 def test_the_linear_loss_is_measured_beside_its_products_and_names_who_is_absent(tmp_path):
-    without_a_peer = f"""
-import runpy, sys
-sys.modules["cut_cross_entropy"] = None
-script = {str(ROOT / "benchmarks" / "loss.py")!r}
-providers = ["--only", "torch", "fastlm", "products", "cce", "cuda"]
-sys.argv = [script, "--device", "cpu", "--quick", *providers, "--out", {str(tmp_path)!r}]
-runpy.run_path(script, run_name="__main__")
-"""
-    done = run(sys.executable, "-P", "-c", without_a_peer, env=PLAIN)
+    providers = ["--only", "torch", "fastlm", "products", "cce", "cuda"]
+    small = ["linear_cross_entropy", "--shapes", "N=64,C=32,V=65"]
+    done = planted(tmp_path, NO_CCE, *small, *providers)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "cross_entropy.quick.json").exists()
-    content = json.loads((tmp_path / "linear_cross_entropy.quick.json").read_text())
-    rows = [row for row in content["rows"] if row["mode"] == "fwd_bwd"]
+    rows = rows_of(tmp_path, mode="fwd_bwd", inputs="random")
     by_provider = {row["provider"]: row for row in rows}
     assert by_provider.keys() == {"torch", "fastlm", "products", "cce", "cuda"}
     assert by_provider["products"]["ms_p50"] > 0
@@ -133,26 +226,23 @@ runpy.run_path(script, run_name="__main__")
     assert "absent: import of cut_cross_entropy halted" in done.stdout
 
 
+NO_FLASH = "import sys; sys.modules['flash_attn'] = None"
+
+
 def test_attention_is_measured_with_every_option_and_names_who_cannot(tmp_path):
-    without_a_peer = f"""
-import runpy, sys
-sys.modules["flash_attn"] = None
-script = {str(ROOT / "benchmarks" / "attention.py")!r}
-providers = ["--only", "sdpa.mask", "sdpa.cudnn", "varlen", "flash-attn", "torch", "fastlm"]
-sys.argv = [script, "--device", "cpu", "--quick", *providers, "--out", {str(tmp_path)!r}]
-runpy.run_path(script, run_name="__main__")
-"""
-    done = run(sys.executable, "-P", "-c", without_a_peer, env=PLAIN)
+    providers = ["--only", "sdpa.mask", "sdpa.cudnn", "varlen", "flash-attn", "torch", "fastlm"]
+    ops = ["--op", "attention", "attention_options"]
+    done = planted(tmp_path, NO_FLASH, *ops, *HEADS, *providers)
     assert done.returncode == 0, done.stdout + done.stderr
-    (causal,) = rows_of(tmp_path, "attention", mode="bwd", provider="fastlm")
+    (causal,) = rows_of(tmp_path, op="attention", mode="bwd", provider="fastlm")
     assert causal.keys() == FIELDS
-    forced = rows_of(tmp_path, "attention", provider="sdpa.cudnn")
+    forced = rows_of(tmp_path, provider="sdpa.cudnn")
     assert [row["mode"] for row in forced] == ["fwd", "bwd", "fwd_bwd"]
     assert all("RuntimeError" in row["failed"] for row in forced)
     for kind in ("window", "packed", "padded", "prefix", "softcap", "sinks"):
-        (row,) = rows_of(tmp_path, "attention_options", inputs=kind, mode="bwd", provider="fastlm")
+        (row,) = rows_of(tmp_path, inputs=kind, mode="bwd", provider="fastlm")
         assert row["tflops"] > 0
-        found = rows_of(tmp_path, "attention_options", inputs=kind, mode="fwd")
+        found = rows_of(tmp_path, inputs=kind, mode="fwd")
         by_provider = {row["provider"]: row for row in found}
         assert by_provider.keys() >= {"varlen", "flash-attn", "torch", "fastlm", "sdpa.mask"}
         takes_mask = kind not in ("softcap", "sinks")
@@ -161,13 +251,37 @@ runpy.run_path(script, run_name="__main__")
         assert "flash_attn" in by_provider["flash-attn"]["absent"]
 
 
-def rows_of(folder: Path, op: str, **wanted: str) -> list[dict]:
-    rows = json.loads((folder / f"{op}.quick.json").read_text())["rows"]
+def test_small_ops_are_measured_beside_torch_and_transformers(tmp_path):
+    sizes = {"rms_norm": "N=16,C=32", "glu": "N=16,I=32", "apply_rotary": "T=16,D=16"}
+    for op, shape in sizes.items():
+        others = ("torch",) if op == "glu" else ("torch", "transformers")
+        chosen = ("--shapes", shape, "--only", *others, "fastlm")
+        assert bench(tmp_path, op, *chosen) == 0
+        rows = rows_of(tmp_path, op=op)
+        assert {row["provider"] for row in rows} == {"fastlm", *others}
+        assert {row["mode"] for row in rows} == {"fwd", "fwd_bwd"}
+        assert all(row["max_rel_err"] < 1e-6 for row in rows)
+
+
+def test_a_quick_run_with_few_others_fails(tmp_path, monkeypatch, capsys):
+    few = {"glu": "pointwise"}
+    # in this order: importing the one takes the table of the other
+    monkeypatch.setattr("fastlm.benchmarks._suite.OPS", few)
+    monkeypatch.setattr("fastlm.benchmarks._options.OPS", few)
+    monkeypatch.setattr("fastlm.benchmarks._suite._models", lambda options: [])
+    monkeypatch.setattr("fastlm.benchmarks.pointwise.compiled", lambda function: "not here")
+    assert bench(tmp_path, "--shapes", "N=16,I=32") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "only 1 providers of others ran, of 4: torch"
+    assert any("torch.compile" in line and "absent: not here" in line for line in said)
+
+
+def rows_of(folder: Path, **wanted: str) -> list[dict]:
+    rows = json.loads((folder / "rows.json").read_text())["rows"]
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def test_a_wrong_gradient_of_attention_has_no_speed(tmp_path):
-    planted = f"""
+WRONG_GRADIENT = """
 import torch
 from fastlm.ops import attention
 right = attention.with_torchs_graph
@@ -175,13 +289,13 @@ class Wrong(torch.autograd.Function):
     forward = staticmethod(lambda ctx, out: out.clone())
     backward = staticmethod(lambda ctx, dout: dout * 1.001)
 attention.with_torchs_graph = lambda *args: Wrong.apply(right(*args))
-from fastlm.benchmarks.__main__ import main
-options = ["--device", "cpu", "--quick", "--only", "fastlm", "--out", {str(tmp_path)!r}]
-raise SystemExit(main(["attention", *options]))
 """
-    done = run(sys.executable, "-P", "-c", planted, env=PLAIN)
+
+
+def test_a_wrong_gradient_of_attention_has_no_speed(tmp_path):
+    done = planted(tmp_path, WRONG_GRADIENT, "attention", *HEADS, "--only", "fastlm")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert [("ms_p50" in row, row["mode"]) for row in rows_of(tmp_path, "attention")] == [
+    assert [("ms_p50" in row, row["mode"]) for row in rows_of(tmp_path)] == [
         (True, "fwd"), (False, "bwd"), (False, "fwd_bwd"),
     ]  # fmt: skip
 
@@ -201,16 +315,16 @@ def test_work_of_attention_is_counted_over_pairs_that_see_each_other():
     done = run(sys.executable, "-P", "-c", PAIRS, env=PLAIN)
     assert done.returncode == 0, done.stderr
     seen = dict(line.split() for line in done.stdout.splitlines())
-    # 48 queries of which the first 15 see fewer than 16 keys; 16 after 32 keys; triangles
-    assert int(seen["window"]) == 2 * (48 * 16 - 15 * 16 // 2)
-    assert int(seen["prefix"]) == 16 * 32 + 16 * 17 // 2
+    # 512 queries of which the first 63 see fewer than 64 keys; 64 after 448 keys; triangles
+    assert int(seen["window"]) == 512 * 64 - 63 * 64 // 2
+    assert int(seen["prefix"]) == 64 * 448 + 64 * 65 // 2
     assert int(seen["causal"]) == 12 * 64 * 65 // 2
-    assert int(seen["packed"]) < 96 * 97 // 2
+    assert int(seen["packed"]) < 512 * 513 // 2
 
 
 PEAKS = """
 import torch
-from fastlm.benchmarks._harness import extra_peak_mib
+from fastlm.benchmarks._memory import extra_peak_mib
 
 def call():
     scratch = torch.ones(64 << 20)
@@ -229,128 +343,140 @@ def test_the_peak_on_a_cpu_is_what_a_call_holds_beside_its_results():
     assert 254 < scratch < 260
 
 
-def test_unknown_benchmark_is_a_usage_error(tmp_path):
-    done = benchmark(tmp_path, "atention")
-    assert done.returncode == 2
-    assert "'atention'" in done.stderr
-
-
-def test_an_unknown_provider_is_a_usage_error(tmp_path):
-    done = benchmark(tmp_path, "attention", "attention_options", "--only", "sdpa.mask", "liger")
-    assert done.returncode == 2
-    assert "no provider 'liger' here: sdpa, " in done.stderr
+def test_mistakes_are_usage_errors_that_name_what_there_is(tmp_path, capsys):
+    for words, message in (
+        (["atention"], "there is no benchmark 'atention': attention, "),
+        (["attention", "--only", "sdpa,liger"], "no provider 'liger' here: sdpa, "),
+        (["glu", "--shapes", "V=8"], "glu has the sizes N, I, not V"),
+        (["glu", "--shapes", "many"], "--shapes must be like N=1024,V=32000, got many"),
+        (["glu", "--suit", "full"], "unrecognized options: --suit full, did you mean --suite?"),
+        (["glu", "--suite", "gpu"], "--suite gpu needs a GPU that torch sees"),
+    ):
+        assert bench(tmp_path, *words) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_results_is_said_to_have_none(tmp_path):
-    done = run(sys.executable, ROOT / "benchmarks" / "run.py", "--show", tmp_path, env=PLAIN)
-    assert done.returncode == 1
-    assert done.stderr == f"no results in {tmp_path}\n"
+def test_a_folder_without_results_is_said_to_have_none(tmp_path, capsys):
+    assert main(["bench", "--show", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"fastlm: bench: no results in {tmp_path}\n"
 
 
-def test_the_committed_tables_can_be_shown():
-    folder = ROOT / "benchmarks" / "results" / "cpu-2-cores"
-    done = run(sys.executable, ROOT / "benchmarks" / "run.py", "--show", folder, env=PLAIN)
-    assert done.returncode == 0, done.stderr
-    files = {path.stem for path in folder.iterdir()}
-    titles = [line for line in done.stdout.splitlines() if line in files]
-    assert titles == ["attention", "attention_options", "cross_entropy", "linear_cross_entropy"]
-    assert max(map(len, done.stdout.splitlines())) < 250
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu-2-cores"
 
 
-def test_every_stage_of_the_plan_finds_its_function():
-    script = GPU_SCRIPT.read_text()
-    plan = script.partition("<<'PLAN'\n")[2].partition("\nPLAN\n")[0]
-    named = {line.rpartition("| ")[2].split()[0] for line in plan.splitlines()}
-    exported = re.search(r"export -f (.+)", script)
-    assert named == set(exported[1].split())
-    assert all(f"\n{name}() {{" in script for name in named)
+def test_the_committed_tables_can_be_shown(capsys):
+    assert main(["bench", "--show", str(COMMITTED)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line in {path.stem for path in COMMITTED.iterdir()}]
+    assert list(dict.fromkeys(titles)) == [
+        "attention", "attention_options", "cross_entropy", "linear_cross_entropy",
+    ]  # fmt: skip
+    assert max(map(len, lines)) < 250
 
 
-@pytest.fixture
-def gpu(tmp_path):
-    """Run gpu.sh on the stages above; returns the exit code, what it printed and the table."""
-    (tmp_path / "stages").write_text(STAGES)
-    out = tmp_path / "out"
-
-    def call(*arguments: object, seconds: int = 60) -> tuple[int, str, dict[str, str]]:
-        done = run(
-            GPU_SCRIPT,
-            "--seconds",
-            seconds,
-            "--out",
-            out,
-            "--stages",
-            tmp_path / "stages",
-            *arguments,
-        )
-        state = out / "stages.tsv"
-        lines = state.read_text().splitlines()[1:] if state.exists() else []
-        return done.returncode, done.stdout, dict(line.split("\t")[:2] for line in lines)
-
-    call.out = out
-    return call
+def test_in_a_terminal_the_fastest_of_a_case_comes_first(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["bench", "--show", str(COMMITTED / "cross_entropy.json")]) == 0
+    text = capsys.readouterr().out
+    largest = text[text.index("N1024 V50304") :]
+    assert largest.split()[4:6] == ["fwd", "torch.compile"]
+    assert "liger" in largest and "absent: No module named" in largest
 
 
-def test_gpu_script_never_calls_passed_what_was_not_run(gpu):
-    code, printed, results = gpu()
-    assert code == 1
-    assert results == {
-        "good": "passed", "bad": "failed", "slow": "timed out", "lacks": "not run",
-        "large": "not run",
-    }  # fmt: skip
-    table = printed[printed.rindex("stage ") :]
-    assert "needs 500 s" in table
-    assert "pytest is missing" in table
-    assert len(list(gpu.out.iterdir())) <= 8
+def test_results_become_pictures_a_page_and_the_columns_of_liger(tmp_path, capsys):
+    table = tmp_path / "rows.csv"
+    for name in ("cross_entropy.json", "decode.json"):
+        shutil.copy(COMMITTED / name, tmp_path)
+    options = ["--plot", str(tmp_path / "pictures"), "--csv", str(table)]
+    assert main(["bench", "--show", str(tmp_path), *options]) == 0
+    for name in (
+        "cross_entropy/speed_cross_entropy", "cross_entropy/memory_cross_entropy",
+        "cross_entropy/roofline_cross_entropy", "decode/tokens_per_second",
+    ):  # fmt: skip
+        data = (tmp_path / "pictures" / f"{name}.png").read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    page = (tmp_path / "pictures" / "report.html").read_text()
+    assert set(re.findall(r"(?:src|href)='(.{5})", page)) == {"data:"}
+    assert page.count("<img") == len(list((tmp_path / "pictures").rglob("*.png")))
+    assert "quack" in page and "No module named" in page
+    with table.open() as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0])[:8] == [
+        "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
+        "x_name", "x_label", "x_value",
+    ]  # fmt: skip
+    committed = json.loads((COMMITTED / "cross_entropy.json").read_text())["rows"]
+    (row,) = (
+        row for row in committed
+        if (row["provider"], row["mode"], row["shape"]["V"]) == ("fastlm", "fwd_bwd", 50_304)
+    )  # fmt: skip
+    wanted = ("cross_entropy", "fastlm", "full", "speed", "50304")
+    names = ("kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "x_value")
+    (line,) = (line for line in lines if tuple(line[name] for name in names) == wanted)
+    assert float(line["y_value_50"]) == row["ms_p50"]
+    assert "written" in capsys.readouterr().out
 
 
-def test_gpu_script_resumes_with_what_was_never_tried(gpu):
-    gpu()
-    (gpu.out / "mended").touch()
-    _, printed, results = gpu()
-    begun = [line.split()[1].rstrip(",") for line in printed.splitlines() if line.startswith("==")]
-    assert begun == ["lacks", "bad", "slow"]
-    assert results["good"] == results["bad"] == "passed"
+# The forward takes four times as long, with the backward all takes about twice.
+SLOWED = """
+import time
+import fastlm
+right = fastlm.swiglu
+def slowed(*args):
+    start = time.perf_counter()
+    out = right(*args)
+    end = time.perf_counter()
+    while time.perf_counter() < end + 3 * (end - start):
+        pass
+    return out
+fastlm.swiglu = slowed
+"""
 
 
-def test_gpu_script_starts_over_when_the_source_changes(gpu, tmp_path):
-    gpu()
-    (tmp_path / "stages").write_text("good | 1 | 9 | echo again\n")
-    code, printed, results = gpu()
-    assert "== good" in printed
-    assert (code, results) == (0, {"good": "passed"})
+@pytest.mark.slow
+def test_an_op_that_became_slower_fails_the_comparison_with_stored_ratios(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    words = [str(ROOT / "benchmarks/regression"), "-k", "glu", "--ratios", f"{tmp_path}/r.json"]
+
+    def check(code: str, *more: str) -> subprocess.CompletedProcess[str]:
+        rest = f"\nimport sys, pytest\nsys.exit(pytest.main({[*words, *more]!r}))"
+        return run(sys.executable, "-P", "-c", code + rest, env=PLAIN | {"OMP_NUM_THREADS": "1"})
+
+    nothing = check("")
+    assert nothing.returncode == 1
+    assert "no ratio of glu is stored" in nothing.stdout
+    assert check("", "--store").returncode == 0
+    assert check("").returncode == 0
+    slow = check(SLOWED)
+    assert slow.returncode == 1
+    assert "when it was stored" in slow.stdout
 
 
-def test_gpu_script_takes_up_a_call_that_was_cut_off(gpu, tmp_path):
-    stages = "first | 1 | 9 | kill -9 $PPID; sleep 2\nsecond | 1 | 9 | true\n"
-    (tmp_path / "stages").write_text(stages.replace("$PPID", '"$script"'))
-    script = run("bash", "-c", f'export script=$$; exec "{GPU_SCRIPT}" --seconds 60 '
-                 f'--out "{gpu.out}" --stages "{tmp_path / "stages"}"')  # fmt: skip
-    assert script.returncode == -9
-    assert "first\ttimed out" in (gpu.out / "stages.tsv").read_text()
-    _, _, results = gpu("--dry-run")
-    assert results == {"first": "timed out", "second": "not run"}
-
-
-def test_gpu_script_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
-    done = run(GPU_SCRIPT, "--seconds", 200, "--out", tmp_path / "out", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "out").exists()
-    for op in ("attention", "cross_entropy", "linear_cross_entropy"):
-        assert f"test-{op} " in done.stdout
-        assert f"time-{op} " in done.stdout
-    assert "test-attention_with_kv_cache " in done.stdout
-    assert "time-attention_options " in done.stdout
-    assert "runs" in done.stdout
-    assert "does not fit any more" in done.stdout
-
-
-def test_gpu_script_explains_itself_when_called_wrongly():
-    for arguments in ([], ["--seconds", "many", "--out", "x"], ["--nonsense"], ["--seconds"]):
-        done = run(GPU_SCRIPT, *arguments)
-        assert done.returncode == 2
-        assert "--seconds N --out DIR" in done.stderr
+def test_agreement_compares_speedups_and_says_where_two_runs_differ(tmp_path):
+    for name, last in (("a", 2.0), ("b", 2.2), ("c", 3.0)):
+        rows = [
+            {
+                "op": "glu", "shape": {"N": n}, "mode": "fwd", "provider": provider,
+                "baseline": "torch", "speedup": speedup,
+            }
+            for n in range(5)
+            for provider, speedup in (("torch", 1.0), ("fastlm", last if n == 4 else 2.0))
+        ]  # fmt: skip
+        rows.append({**rows[0], "speedup": None, "provider": "products"})
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    script = ROOT / "benchmarks" / "agreement.py"
+    near = run(sys.executable, script, tmp_path / "a.json", tmp_path / "b.json")
+    assert near.returncode == 0
+    assert near.stdout.startswith("100.0% of 5 speedups within 15%")
+    far = run(sys.executable, script, tmp_path / "a.json", tmp_path / "c.json")
+    assert far.returncode == 1
+    assert far.stdout.splitlines()[:2] == [
+        "80.0% of 5 speedups within 15%; furthest apart:", "  50.0%  glu N4 fwd fastlm",
+    ]  # fmt: skip
 
 
 # The tables of the documentation
@@ -408,6 +534,22 @@ def test_a_table_says_who_was_not_measured(tables):
 def test_a_case_without_others_has_no_gain(tables):
     (case,) = tables.cases(ROWS[3:])
     assert tables._comparison(case) == ("", "", "")
+
+
+# Whole models
+
+
+@pytest.mark.slow
+def test_whole_models_are_part_of_the_suite(tmp_path):
+    assert bench(tmp_path, "--op", "train_step", "generate") == 0
+    steps, tokens = rows_of(tmp_path, op="train_step"), rows_of(tmp_path, op="generate")
+    assert {row["provider"] for row in steps} == {"fastlm", "transformers"}
+    assert all(row["ms_p50"] > 0 and row["mode"] == "step" for row in steps)
+    assert {row["provider"] for row in tokens} == {"fastlm", "transformers", "products"}
+    assert all(row["tokens_per_second_p50"] > 0 and row["mode"] == "decode" for row in tokens)
+    before = rows_of(tmp_path)
+    assert bench(tmp_path, "--mode", "step", "decode") == 0
+    assert rows_of(tmp_path) == before
 
 
 # Decoding

@@ -31,7 +31,8 @@ LAYERS = [
     ("fastlm.training",),
     ("fastlm.hf",),
     ("fastlm.testing",),
-    ("fastlm.cli", "fastlm.benchmarks"),
+    ("fastlm.benchmarks",),
+    ("fastlm.cli",),
     ("fastlm.__main__",),
 ]
 # These alone may use the lazy names at the top of fastlm, which hide what is imported.

@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "next": "show the distribution of the next token",
     "eval": "measure how well a model predicts a text",
+    "bench": "time the ops beside what else is installed",
     "doctor": "show versions, devices and backends, and test every kernel",
 }
 

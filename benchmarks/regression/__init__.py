@@ -1,0 +1,1 @@
+"""Whether an op has become slower beside torch; run by ``make bench-check``."""
