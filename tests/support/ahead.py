@@ -30,8 +30,11 @@ from fastlm.kernels import (
     attention,
     attention_with_kv_cache,
     cross_entropy,
+    glu,
     linear_cross_entropy,
     linear_top_k,
+    rms_norm,
+    rotary,
 )
 from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import Launch, recorded
@@ -41,6 +44,7 @@ from fastlm.kernels.attention.tuning import Plan, shared_memory
 from fastlm.kernels.attention.tuning import plan as attention_plan
 from fastlm.kernels.linear_cross_entropy import chunk
 from fastlm.kernels.linear_top_k.launch import launch_top_k
+from fastlm.ops.glu import ACTIVATIONS
 
 ARCHES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -244,12 +248,56 @@ def _attention_with_kv_cache(
     attention_with_kv_cache.forward(*arguments)
 
 
+def rms_norm_launches(dtype: torch.dtype) -> None:
+    for size in (32, 128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768):
+        _rms_norm(empty(64, size, dtype=dtype), with_options=False)
+        # heads of a projection, one element short: nothing divides by 16
+        _rms_norm(empty(2, 5, 3, size + 1, dtype=dtype)[:, :, 1, : size - 1], with_options=True)
+
+
+def _rms_norm(input: Tensor, *, with_options: bool) -> None:
+    weight = empty(input.shape[-1], dtype=input.dtype)
+    residual = empty(*input.shape, dtype=input.dtype) if with_options else None
+    out, total, rstd = rms_norm.forward(input, weight, residual, 1e-6, float(with_options))
+    dtotal, vectors = (total, total) if with_options else (None, input)
+    for needs in ((True, True), (True, False)):
+        rms_norm.backward(out, dtotal, vectors, weight, rstd, float(with_options), *needs)
+    if with_options:
+        rms_norm.backward(out, None, input, None, rstd, 0.0, True, False)
+        rms_norm.backward(out, None, input, weight, rstd, 0.0, False, True)
+
+
+def rotary_launches(dtype: torch.dtype) -> None:
+    for head_dim in (32, 64, 128, 256):
+        query, key = empty(2, 16, 8, head_dim, dtype=dtype), empty(2, 16, 2, head_dim, dtype=dtype)
+        cos = empty(16, head_dim // 2, dtype=dtype)
+        # queries and keys of one projection; some channels stay
+        both = empty(2, 5, 3, 3, head_dim + 1, dtype=dtype)[..., : head_dim - 1]
+        angles = empty(2, 5, head_dim, dtype=dtype)[..., : 2 * (head_dim // 2 - 2) : 2]
+        for interleaved in (False, True):
+            for step in (rotary.forward, rotary.backward):
+                step(query, key, cos, cos, interleaved)
+            rotary.forward(both[:, :, 0], both[:, :, 1], angles, angles, interleaved)
+
+
+def glu_launches(dtype: torch.dtype) -> None:
+    for activation in ACTIVATIONS:
+        for size in (512, 4_096):
+            both = empty(2, 5, 2 * size, dtype=dtype)
+            odd = empty(2, 5, 2 * size + 1, dtype=dtype)
+            for gate, up in (both.chunk(2, -1), (odd[..., : size - 1], odd[..., size:-2])):
+                glu.backward(glu.forward(gate, up, activation), gate, up, activation)
+
+
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     "attention": attention_launches,
     "attention_with_kv_cache": attention_with_kv_cache_launches,
     "cross_entropy": cross_entropy_launches,
+    "glu": glu_launches,
     "linear_cross_entropy": linear_cross_entropy_launches,
     "linear_top_k": linear_top_k_launches,
+    "rms_norm": rms_norm_launches,
+    "rotary": rotary_launches,
 }
 
 
