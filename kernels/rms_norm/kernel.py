@@ -163,11 +163,12 @@ def backward_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=has_row, other=0.0)
         normal = _load(vectors, cols, vectors_col, mask, ACC) * rstd[:, None]
         dout = _load(douts, cols, dout_col, mask, ACC)
+        product = dout * normal
         if NEEDS_WEIGHT:
-            sums += dout * normal
+            sums += product
         if NEEDS_VECTORS:
             grad = dout * scale
-            mean = tl.sum(grad * normal, 1) / size
+            mean = tl.sum(product * scale, 1) / size
             dtotals = (dtotal_ptr + rows * size)[:, None]
             dx = _gradient(normal, grad, mean, rstd, dtotals, cols, mask, HAS_DTOTAL)
             dvectors = (dvectors_ptr + rows * size)[:, None] + cols[None, :]

@@ -42,10 +42,10 @@ FORWARD = (
 )
 # A lane keeps the weight and the sums for its gradient besides the vector and its gradient.
 BACKWARD = (
-    (32, Plan(block_rows=128, block_c=32, num_warps=4, rows=256)),
+    (32, Plan(block_rows=64, block_c=32, num_warps=4, rows=256)),
     (128, Plan(block_rows=16, block_c=128, num_warps=4, rows=128)),
     (256, Plan(block_rows=8, block_c=256, num_warps=4, rows=64)),
-    (512, Plan(block_rows=4, block_c=512, num_warps=4, rows=32)),
+    (512, Plan(block_rows=2, block_c=512, num_warps=2, rows=32)),
     (1_024, Plan(block_rows=2, block_c=1_024, num_warps=4, rows=16)),
     (2_048, Plan(block_rows=1, block_c=2_048, num_warps=4, rows=16)),
     (4_096, Plan(block_rows=1, block_c=4_096, num_warps=8, rows=16)),

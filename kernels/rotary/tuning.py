@@ -21,10 +21,10 @@ class Plan:
 
 # (largest number of pairs, settings), smallest first; the last row serves everything above it.
 ROTATE = (
-    (16, Plan(block_rows=64, block_p=16, num_warps=4)),
-    (32, Plan(block_rows=32, block_p=32, num_warps=4)),
-    (64, Plan(block_rows=16, block_p=64, num_warps=4)),
-    (1 << 62, Plan(block_rows=8, block_p=128, num_warps=4)),
+    (16, Plan(block_rows=32, block_p=16, num_warps=4)),
+    (32, Plan(block_rows=16, block_p=32, num_warps=4)),
+    (64, Plan(block_rows=8, block_p=64, num_warps=4)),
+    (1 << 62, Plan(block_rows=4, block_p=128, num_warps=4)),
 )
 
 

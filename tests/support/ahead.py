@@ -250,21 +250,24 @@ def _attention_with_kv_cache(
 
 def rms_norm_launches(dtype: torch.dtype) -> None:
     for size in (32, 128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768):
-        _rms_norm(empty(64, size, dtype=dtype), with_options=False)
+        regular = empty(64, size, dtype=dtype)
+        _rms_norm(regular, with_residual=False)
+        _rms_norm(regular, with_residual=True)
         # heads of a projection, one element short: nothing divides by 16
-        _rms_norm(empty(2, 5, 3, size + 1, dtype=dtype)[:, :, 1, : size - 1], with_options=True)
+        ragged = empty(2, 5, 3, size + 1, dtype=dtype)[:, :, 1, : size - 1]
+        _rms_norm(ragged, with_residual=True)
+        out, _, rstd = rms_norm.forward(ragged, None, None, 1e-6, 0.0)
+        rms_norm.backward(out, None, ragged, None, rstd, 0.0, True, False)
+        rms_norm.backward(out, None, ragged, out[0, 0], rstd, 0.0, False, True)
 
 
-def _rms_norm(input: Tensor, *, with_options: bool) -> None:
+def _rms_norm(input: Tensor, *, with_residual: bool) -> None:
     weight = empty(input.shape[-1], dtype=input.dtype)
-    residual = empty(*input.shape, dtype=input.dtype) if with_options else None
-    out, total, rstd = rms_norm.forward(input, weight, residual, 1e-6, float(with_options))
-    dtotal, vectors = (total, total) if with_options else (None, input)
-    for needs in ((True, True), (True, False)):
-        rms_norm.backward(out, dtotal, vectors, weight, rstd, float(with_options), *needs)
-    if with_options:
-        rms_norm.backward(out, None, input, None, rstd, 0.0, True, False)
-        rms_norm.backward(out, None, input, weight, rstd, 0.0, False, True)
+    residual = empty(*input.shape, dtype=input.dtype) if with_residual else None
+    out, total, rstd = rms_norm.forward(input, weight, residual, 1e-6, 0.0)
+    dtotal, vectors = (total, total) if with_residual else (None, input)
+    for needs_weight in (False, True):
+        rms_norm.backward(out, dtotal, vectors, weight, rstd, 0.0, True, needs_weight)
 
 
 def rotary_launches(dtype: torch.dtype) -> None:
@@ -307,13 +310,16 @@ MOST_STACK = {
     "attention": 32,
     "attention_with_kv_cache": 16,
     "cross_entropy": 0,
+    "glu": 0,
     "linear_cross_entropy": 128,
     "linear_top_k": 8,
+    "rms_norm": 0,
+    "rotary": 0,
 }
 
 
 # Ops that spill nothing on these, whatever is asked of them.
-NEVER_SPILL = ("cross_entropy", "linear_cross_entropy")
+NEVER_SPILL = ("cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rotary")
 NEVER_SPILL_ON = (80, 90, 100)
 
 
@@ -428,6 +434,10 @@ def takes_long(launch: Launch) -> bool:
     """Whether the compiler needs half a minute, or all but repeats itself: for test-all."""
     sizes = [launch.constants.get(name, 0) for name in ("HEAD_DIM", "VALUE_DIM")]
     is_ragged = any(size % 8 for size in sizes)
+    # of the ops on layers a row of a table each, and one activation
+    usual = {"ACTIVATION": "silu", "BLOCK_C": 4_096, "BLOCK_P": 64}
+    if any(launch.constants.get(name, value) != value for name, value in usual.items()):
+        return True
     if launch.constants.get("PRECISION") == "tf32":
         return max(sizes) != 128 or is_ragged
     return max(sizes) > 256 and (is_ragged or launch.args[0].dtype == torch.float32)
