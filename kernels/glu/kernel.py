@@ -55,6 +55,14 @@ def _place(size, inner, blocks_per_row, BLOCK: tl.constexpr):
     return row // inner, row % inner, row * size + cols, cols, cols < size
 
 
+@triton.jit
+def _load(
+    ptr, outer, within, cols, stride_outer, stride_inner, stride_col, mask, ACC: tl.constexpr
+):
+    ptr += outer * stride_outer + within * stride_inner
+    return tl.load(ptr + cols * stride_col, mask=mask, other=0.0).to(ACC)
+
+
 @triton.jit(do_not_specialize=["inner", "blocks_per_row"])
 def forward_kernel(
     gate_ptr,  # (outer, inner, size)
@@ -74,10 +82,8 @@ def forward_kernel(
     ACC: tl.constexpr,
 ):
     outer, within, place, cols, mask = _place(size, inner, blocks_per_row, BLOCK)
-    gate_ptr += outer * gate_outer + within * gate_inner
-    up_ptr += outer * up_outer + within * up_inner
-    gate = tl.load(gate_ptr + cols * gate_col, mask=mask, other=0.0).to(ACC)
-    up = tl.load(up_ptr + cols * up_col, mask=mask, other=0.0).to(ACC)
+    gate = _load(gate_ptr, outer, within, cols, gate_outer, gate_inner, gate_col, mask, ACC)
+    up = _load(up_ptr, outer, within, cols, up_outer, up_inner, up_col, mask, ACC)
     value, _ = _activated(gate, ACTIVATION)
     tl.store(out_ptr + place, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -106,12 +112,9 @@ def backward_kernel(
     ACC: tl.constexpr,
 ):
     outer, within, place, cols, mask = _place(size, inner, blocks_per_row, BLOCK)
-    dout_ptr += outer * dout_outer + within * dout_inner
-    gate_ptr += outer * gate_outer + within * gate_inner
-    up_ptr += outer * up_outer + within * up_inner
-    dout = tl.load(dout_ptr + cols * dout_col, mask=mask, other=0.0).to(ACC)
-    gate = tl.load(gate_ptr + cols * gate_col, mask=mask, other=0.0).to(ACC)
-    up = tl.load(up_ptr + cols * up_col, mask=mask, other=0.0).to(ACC)
+    dout = _load(dout_ptr, outer, within, cols, dout_outer, dout_inner, dout_col, mask, ACC)
+    gate = _load(gate_ptr, outer, within, cols, gate_outer, gate_inner, gate_col, mask, ACC)
+    up = _load(up_ptr, outer, within, cols, up_outer, up_inner, up_col, mask, ACC)
     value, slope = _activated(gate, ACTIVATION)
     tl.store(dgate_ptr + place, (dout * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + place, (dout * value).to(dup_ptr.dtype.element_ty), mask=mask)

@@ -39,9 +39,7 @@ def _load_total(
 
 
 @triton.jit
-def _load_scale(
-    weight_ptr, cols, size, weight_offset, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr
-):
+def _load_scale(weight_ptr, cols, size, weight_offset, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
     """weight_offset + weight, or ones."""
     scale = tl.full((cols.shape[0],), 1.0, ACC)
     if HAS_WEIGHT:

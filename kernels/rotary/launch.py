@@ -53,7 +53,8 @@ def _rotated(
     plan = tuning.plan(pairs)
     launch(
         rotate_kernel, (triton.cdiv(num_rows, plan.block_rows),),
-        heads, cos, sin, out, num_rows, length, num_heads, head_dim, pairs, *heads.stride(), *strides,
+        heads, cos, sin, out, num_rows, length, num_heads, head_dim, pairs,
+        *heads.stride(), *strides,
         INTERLEAVED=interleaved, TURN_BACK=turn_back,
         BLOCK_ROWS=plan.block_rows, BLOCK_P=plan.block_p, ACC=accumulator(heads.dtype),
         num_warps=plan.num_warps, num_stages=plan.num_stages,
