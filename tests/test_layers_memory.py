@@ -17,7 +17,6 @@ from fastlm.kernels import glu, rms_norm, rotary
 pytestmark = interpreted_only
 DOORS = {"rms_norm": rms_norm, "rotary": rotary, "glu": glu}
 ONE_OF_EACH = ("norm of a sum", "rotary", "silu")
-QUICK = (*ONE_OF_EACH, "rotary of neighbours")
 HUGE = 2**30 + 64
 
 
@@ -25,7 +24,7 @@ HUGE = 2**30 + 64
 PLANS = [
     pytest.param(
         name, whole, id=name if whole else f"wide {name}",
-        marks=[pytest.mark.slow] * (name not in QUICK),
+        marks=[pytest.mark.slow] * (name not in ONE_OF_EACH),
     )
     for name, case in CASES.items()
     for whole in ([True, False] if case.op == "rms_norm" else [True])
@@ -66,7 +65,7 @@ def test_any_layout_has_the_bits_of_the_contiguous_one(name, whole, monkeypatch)
     force_tiny_blocks(monkeypatch, whole=whole)
     inputs = CASES[name].inputs(torch.bfloat16)
     want = results(name, inputs)
-    for place in range(6):
+    for place in (0, 2, 4):
         assert_same_bits(results(name, relaid(inputs, place)), want, f"layout {place}")
 
 
@@ -96,7 +95,10 @@ def test_a_sequence_does_not_depend_on_its_neighbours(name, monkeypatch):
 def run_guarded(name: str, end: str) -> None:
     """Every tensor, those that are made as well, at a protected page."""
     make = torch.empty
-    for size, place in [*((size, 0) for size in (1, 15, 16)), *((37, place) for place in range(6))]:
+    for size, place in [
+        *((size, 0) for size in (1, 15, 16)),
+        *((37, place) for place in (0, 2, 4)),
+    ]:
         inputs = CASES[name].inputs(b=1, c=size, d=size, p=size // 2)
         views = relaid(inputs, place)
         with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +107,7 @@ def run_guarded(name: str, end: str) -> None:
         assert all(x.isfinite().all() for x in made)
 
 
-@pytest.mark.parametrize("end", ["back", "front"])
+@pytest.mark.parametrize("end", ["back", pytest.param("front", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "whole"), PLANS)
 def test_stays_inside_its_tensors(name, whole, end, monkeypatch):
     force_tiny_blocks(monkeypatch, whole=whole)

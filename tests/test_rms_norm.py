@@ -61,6 +61,13 @@ def test_adds_the_residual_and_returns_the_sum(shape, dtype, backend, device):
     assert torch.equal(total, x + residual)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_norm_is_that_of_the_sum_it_returns(backend, device):
+    x, weight, residual = inputs((9, 33), torch.bfloat16, device)
+    out, total = fastlm.rms_norm(x, weight, residual=residual, backend=backend)
+    assert torch.equal(out, fastlm.rms_norm(total, weight, backend=backend))
+
+
 def test_agrees_with_torch(device):
     x, weight, _ = inputs((64, 256), device=device)
     torch.testing.assert_close(fastlm.rms_norm(x, weight), F.rms_norm(x, (256,), weight, 1e-6))

@@ -121,9 +121,12 @@ def force_tiny_blocks(monkeypatch: pytest.MonkeyPatch, *, whole: bool = True) ->
 
 
 def relaid(inputs: Tensors, place: int) -> Tensors:
-    """The same values, each tensor in the layout of this number."""
-    ways = {name: layouts(x) for name, x in inputs.items()}
-    return {name: views[place % len(views)][1] for name, views in ways.items()}
+    """The same values in other layouts, two neighbours never in the same."""
+    ways = [layouts(x) for x in inputs.values()]
+    return {
+        name: views[(place + number) % len(views)][1]
+        for number, (name, views) in enumerate(zip(inputs, ways, strict=True))
+    }
 
 
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor], why: str = "") -> None:
