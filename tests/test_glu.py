@@ -10,7 +10,7 @@ from support.pointwise import KERNELS, assert_agrees, assert_same_for_every_subs
 
 import fastlm
 
-BACKENDS = ["triton", "torch", "reference"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
 # float64 is left to gradcheck: there the definition is as wrong as what it would judge
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEFINITIONS = {

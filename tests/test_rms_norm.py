@@ -11,7 +11,7 @@ from support.pointwise import KERNELS, assert_agrees, assert_same_for_every_subs
 import fastlm
 from fastlm import nn
 
-BACKENDS = ["triton", "torch", "reference"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # one row; odd sizes; many rows, so that sums over them are long
 SHAPES = [(1, 300), (60, 7), (2, 5, 4, 33), (1500, 6), (2, 4097)]

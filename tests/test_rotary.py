@@ -9,7 +9,7 @@ from support.pointwise import KERNELS, assert_agrees, assert_same_for_every_subs
 
 import fastlm
 
-BACKENDS = ["triton", "torch", "reference"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # B, T, H, G, D, R
 SHAPES = [(1, 1, 1, 1, 2, 2), (2, 5, 4, 2, 8, 8), (3, 7, 3, 1, 10, 6), (1, 33, 2, 2, 64, 64)]
