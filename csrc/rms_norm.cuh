@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(kNormThreads, 2)
                              const NormGradients gradients, const NormPlan plan,
                              const bool has_room) {
   FASTLM_SHARED(A, by_warp, kMostWarps);
-  FASTLM_DYNAMIC_SHARED(A, room);
   const Team team(plan.team);
   const int64_t begin = team.number * plan.rows_per_team;
   if (begin >= in.rows) return;  // with its whole team
@@ -127,7 +126,11 @@ __global__ void __launch_bounds__(kNormThreads, 2)
   A* const partial =
       gradients.partial ? static_cast<A*>(gradients.partial) + team.number * in.size : nullptr;
   // each element is read and written by one thread alone, wherever it is
-  A* const sums = has_room ? room + threadIdx.x / plan.team * in.size : partial;
+  A* sums = partial;
+  if (has_room) {
+    FASTLM_DYNAMIC_SHARED(A, room);
+    sums = room + threadIdx.x / plan.team * in.size;
+  }
   const Dtype dtype = in.vectors.dtype;
 
   for (int64_t row = begin; row < end; ++row) {

@@ -6,9 +6,16 @@ import pytest
 import test_rms_norm
 import torch
 from support.interpreter import interpreted_only
-from support.layers import CASES, REFERENCES, assert_same_bits, force_tiny_blocks, judge, relaid
+from support.layers import (
+    CASES,
+    REFERENCES,
+    assert_same_bits,
+    force_tiny_blocks,
+    judge,
+    relaid,
+    run_guarded,
+)
 from support.mutants import Mutant, killed
-from test_layers_memory import run_guarded
 
 from fastlm.kernels import glu, rms_norm, rotary
 
@@ -157,4 +164,5 @@ def test_a_bug_in_glu_is_found(mutant):
 @pytest.mark.parametrize(("name", "mutant"), OF_ADDRESSES, ids=str)
 def test_an_access_outside_is_seen(name, mutant, monkeypatch):
     force_tiny_blocks(monkeypatch)
-    assert killed(mutant, lambda: run_guarded(name, "back"))
+    case = CASES[name]
+    assert killed(mutant, lambda: run_guarded(case, DOORS[case.op], "back", (16, 37)))

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.layouts import layouts
+from support.memory import guarded, sparse
 from torch import Tensor
 
 from fastlm.kernels.glu import tuning as glu_tuning
@@ -23,6 +25,7 @@ from fastlm.ops.reference import glu, rms_norm, rotary
 from fastlm.testing import assert_as_accurate
 
 Tensors = dict[str, Tensor]
+_HUGE = 2**30 + 64
 REFERENCES = {"rms_norm": rms_norm, "rotary": rotary, "glu": glu}
 
 
@@ -50,6 +53,10 @@ class Case:
         if "weight" in tensors:
             tensors["weight"] += 1
         return tensors
+
+    def few_tokens(self) -> Tensors:
+        """Four, of 16 elements."""
+        return self.inputs(torch.float16, b=1, t=4, h=1, g=1, d=16, c=16)
 
 
 def _normalised(door: Any, x: Tensors, *, weight_offset: float = 0.5) -> list[Tensor]:
@@ -127,6 +134,81 @@ def relaid(inputs: Tensors, place: int) -> Tensors:
         name: views[(place + number) % len(views)][1]
         for number, (name, views) in enumerate(zip(inputs, ways, strict=True))
     }
+
+
+# each tensor alone with elements beyond 2**31, by each of its strides
+FAR = {
+    "b": ("norm of a sum", ("input", "residual", "dout"), (2 * _HUGE, 37, 1)),
+    "t": ("norm of a sum", ("input", "residual", "dout"), (111, _HUGE, 1)),
+    "c": ("norm of a sum", ("input", "residual", "dout"), (111, 37, 2**26 + 3)),
+    "b of heads": ("rotary", ("query", "key"), (2 * _HUGE, 42, 14, 1)),
+    "t of heads": ("rotary", ("query", "key"), (126, _HUGE, 14, 1)),
+    "h of heads": ("rotary of neighbours", ("query", "key"), (126, 42, 2 * _HUGE, 1)),
+    "d of heads": ("rotary of neighbours", ("query", "key"), (126, 42, 14, 2**28 + 3)),
+    "t of angles": ("rotary", ("cos", "sin"), (_HUGE, 1)),
+    "p of angles": ("rotary", ("cos", "sin"), (5, 2**29 + 3)),
+    "b of angles": ("rotary of neighbours", ("cos", "sin"), (2 * _HUGE, 5, 1)),
+    "b of gates": ("silu", ("gate", "up", "dout"), (2 * _HUGE, 37, 1)),
+    "t of gates": ("silu", ("gate", "up", "dout"), (111, _HUGE, 1)),
+    "c of gates": ("silu", ("gate", "up", "dout"), (111, 37, 2**26 + 3)),
+}
+
+# tokens of 16 elements: more than 2**31
+MANY_TOKENS = 2**27 + 4
+
+
+def run_guarded(case: Case, door: Any, end: str, sizes: Sequence[int]) -> None:
+    """Every tensor, those that are made as well, at a protected page."""
+    make = torch.empty
+    for size, place in [*((size, 0) for size in sizes), (sizes[-1], 2), (sizes[-1], 4)]:
+        inputs = case.inputs(b=1, c=size, d=size, p=size // 2)
+        views = relaid(inputs, place)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *a, **k: guarded(make(*a, **k), end))
+            made = case.run(door, {x: guarded(view, end) for x, view in views.items()})
+        assert all(x.isfinite().all() for x in made)
+
+
+def check_far(case: Case, door: Any, far: Sequence[str], strides: Sequence[int]) -> None:
+    """Elements that are far apart count like those of a tensor without gaps."""
+    inputs = case.inputs(torch.float16)
+    want = case.run(door, inputs)
+    for name in far:
+        values = inputs[name]
+        view = sparse(values.shape, strides, values.dtype).copy_(values)
+        assert sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True)) > 2**31
+        assert_same_bits(case.run(door, {**inputs, name: view}), want, name)
+
+
+def check_many(case: Case, door: Any, few: Tensors, wanted: list[Tensor], last: int) -> None:
+    """The ``last`` tokens of more than 2**31 elements; no memory lies before them.
+
+    They are those of ``few``.  The caller sees to it that these alone are computed.
+    """
+
+    def many(x: Tensor, shape: str) -> Tensor:
+        if "t" not in shape:
+            return x
+        at = shape.index("t")
+        sizes = (*x.shape[:at], MANY_TOKENS, *x.shape[at + 1 :])
+        tokens = _without_memory(sizes, dtype=x.dtype)
+        tokens.narrow(at, MANY_TOKENS - 4, 4).copy_(x)
+        return tokens
+
+    inputs = {name: many(few[name], shape) for name, shape in case.shapes.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", _without_memory)
+        results = case.run(door, inputs)
+    for got, want in zip(results, wanted, strict=True):
+        if want.dim() > 1:
+            assert got.shape[1] == MANY_TOKENS
+            assert_same_bits([got[:, -last:].contiguous()], [want[:, -last:].contiguous()])
+
+
+def _without_memory(*shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
+    sizes = torch.Size(shape if isinstance(shape[0], int) else shape[0])
+    steps = [math.prod(sizes[at + 1 :]) for at in range(len(sizes))]
+    return sparse(sizes, steps, dtype)
 
 
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor], why: str = "") -> None:
