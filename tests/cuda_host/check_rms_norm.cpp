@@ -107,7 +107,8 @@ void check_all(double unit, bool small) {
       for (const int64_t stride : {1, 3})
         for (const int64_t offset : {0, 1})
           for (const bool all : {false, true})
-            if (!small || (stride == 1 && offset == 0)) check<T>(unit, size, team, stride, offset, all);
+            if (stride == 1 && offset == 0 ? !small || all : size < 1000 && !small)
+              check<T>(unit, size, team, stride, offset, all);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastlm.ops.cuda._extension import address, dtype_of, kernels
@@ -22,7 +21,7 @@ def rows_of(tensor: Tensor, strides: tuple[int, int]) -> Any:
     )
 
 
-def no_rows() -> Any:
+def no_rows(like: Tensor) -> Any:
     """In place of a tensor that is not there."""
     nothing = dict.fromkeys(("elements", "stride_outer", "stride_inner", "stride_col"), 0)
-    return kernels().Rows(dtype=dtype_of(torch.empty(0)), **nothing)
+    return kernels().Rows(dtype=dtype_of(like), **nothing)

@@ -42,7 +42,7 @@ def _launch(activation: str, inputs: list[Tensor], out: Tensor, dup: Tensor | No
     kernels().glu(
         gate=gate,
         up=up,
-        dout=dout[0] if dout else no_rows(),
+        dout=dout[0] if dout else no_rows(out),
         out=address(out),
         dup=address(dup),
         rows=inputs[0].numel() // max(size, 1),

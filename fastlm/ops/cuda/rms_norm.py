@@ -62,7 +62,7 @@ def forward(
     kernels().rms_norm_forward(
         inputs=kernels().NormInputs(
             vectors=rows_of(input, of_input),
-            residual=no_rows() if residual is None else rows_of(residual, of_residual),
+            residual=no_rows(input) if residual is None else rows_of(residual, of_residual),
             weight=address(weight),
             weight_dtype=dtype_of(input if weight is None else weight),
             rows=rstd.numel(),
@@ -105,7 +105,7 @@ def backward(
     kernels().rms_norm_backward(
         inputs=kernels().NormInputs(
             vectors=rows_of(vectors, of_vectors),
-            residual=no_rows(),
+            residual=no_rows(vectors),
             weight=address(scale),
             weight_dtype=dtype_of(vectors if scale is None else scale),
             rows=num_rows,
