@@ -1,7 +1,7 @@
 """Launch settings of the RMSNorm kernels.
 
-They change speed and rounding, never meaning.  Chosen from ahead-of-time compilation (no spills in 16
-bits, 16-byte loads); not yet measured on a GPU.
+They change speed and rounding, never meaning.  Chosen from ahead-of-time compilation (no spills in
+16 bits, 16-byte loads); not yet measured on a GPU.
 """
 
 from __future__ import annotations
