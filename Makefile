@@ -36,7 +36,8 @@ test-all: .venv/.test
 
 test-cuda: .venv/.test
 	$(PYTEST) -k cuda tests/test_cuda_*.py tests/test_cross_entropy.py tests/test_linear_cross_entropy*.py tests/test_loss_*.py \
-		tests/test_attention.py tests/test_attention_options.py tests/test_attention_autograd.py tests/test_attention_with_kv_cache*.py
+		tests/test_attention.py tests/test_attention_options.py tests/test_attention_autograd.py tests/test_attention_with_kv_cache*.py \
+		tests/test_rms_norm.py tests/test_rotary.py tests/test_glu.py
 
 # mypy cannot follow package_dir, so it reads the installed wheel, from outside the root.
 lint: .venv-lint/.tools

@@ -28,8 +28,9 @@ test-attention_with_kv_cache |  60 | 240 | run_tests tests/test_attention_with_k
 test-generate                |  60 | 240 | run_tests tests/test_generat*.py tests/test_paged_kv_cache.py tests/test_sampling.py
 test-linear_cross_entropy    |  60 | 300 | run_tests tests/test_linear_cross_entropy*.py
 test-loss                    |  60 | 300 | run_tests tests/test_loss*.py tests/test_linear_top_k*.py
+test-layers                  |  60 | 240 | run_tests tests/test_rms_norm.py tests/test_rotary.py tests/test_glu.py tests/test_layers*.py
 test-compat                  |  60 | 240 | run_tests tests/test_compat*.py
-test-cuda                    |  60 | 300 | run_cuda_tests tests/test_cross_entropy.py tests/test_linear_cross_entropy*.py tests/test_loss_options.py
+test-cuda                    |  60 | 300 | run_cuda_tests tests/test_cross_entropy.py tests/test_linear_cross_entropy*.py tests/test_loss_options.py tests/test_rms_norm.py tests/test_rotary.py tests/test_glu.py
 test-ahead_of_time           |  60 | 300 | run_tests tests/test_ahead_of_time.py
 time-attention               | 150 | 580 | run_benchmark attention
 time-attention_options       | 150 | 580 | run_benchmark attention_options

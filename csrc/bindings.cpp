@@ -13,7 +13,10 @@
 #include "attention_with_kv_cache.h"
 #include "causal_attention.h"
 #include "cross_entropy.h"
+#include "glu.h"
 #include "linear_cross_entropy.h"
+#include "rms_norm.h"
+#include "rotary.h"
 
 #ifndef FASTLM_ARCHS
 #error "FASTLM_ARCHS must list what the kernels are compiled for, such as \"80;90a;100+PTX\""
@@ -274,6 +277,93 @@ void bind_linear_cross_entropy(py::module_& m) {
       "device"_a, "stream"_a);
 }
 
+void bind_layers(py::module_& m) {
+  using namespace fastlm;
+  py::class_<Rows>(m, "Rows", py::module_local())
+      .def(py::init([](Address elements, Dtype dtype, int64_t stride_outer, int64_t stride_inner,
+                       int64_t stride_col) {
+             return Rows{at(elements), dtype, stride_outer, stride_inner, stride_col};
+           }),
+           py::kw_only(), "elements"_a, "dtype"_a, "stride_outer"_a, "stride_inner"_a,
+           "stride_col"_a);
+
+  py::class_<NormInputs>(m, "NormInputs", py::module_local())
+      .def(py::init([](const Rows& vectors, const Rows& residual, Address weight,
+                       Dtype weight_dtype, int64_t rows, int64_t inner, int64_t size, double eps,
+                       double weight_offset) {
+             return NormInputs{vectors, residual, at(weight), weight_dtype, rows,
+                               inner,   size,     eps,        weight_offset};
+           }),
+           py::kw_only(), "vectors"_a, "residual"_a, "weight"_a, "weight_dtype"_a, "rows"_a,
+           "inner"_a, "size"_a, "eps"_a, "weight_offset"_a);
+
+  py::class_<NormPlan>(m, "NormPlan", py::module_local())
+      .def(py::init([](int threads, int team, int rows_per_team) {
+             return NormPlan{threads, team, rows_per_team};
+           }),
+           py::kw_only(), "threads"_a, "team"_a, "rows_per_team"_a);
+
+  m.def(
+      "rms_norm_forward",
+      [](const NormInputs& inputs, Address out, Address total, Address rstd, Dtype dtype,
+         const NormPlan& plan, int device, Address stream) {
+        const NormResults results{at(out), at(total), at(rstd), dtype};
+        require(rms_norm_forward(inputs, results, plan, device, at(stream)));
+      },
+      py::kw_only(), "inputs"_a, "out"_a, "total"_a, "rstd"_a, "dtype"_a, "plan"_a, "device"_a,
+      "stream"_a);
+
+  m.def(
+      "rms_norm_backward",
+      [](const NormInputs& inputs, const Rows& dout, Address dtotal, Address rstd,
+         Address dvectors, Address partial, const NormPlan& plan, int device, Address stream) {
+        const NormUpstream upstream{dout, at(dtotal), at(rstd)};
+        const NormGradients gradients{at(dvectors), at(partial)};
+        require(rms_norm_backward(inputs, upstream, gradients, plan, device, at(stream)));
+      },
+      py::kw_only(), "inputs"_a, "dout"_a, "dtotal"_a, "rstd"_a, "dvectors"_a, "partial"_a,
+      "plan"_a, "device"_a, "stream"_a);
+
+  // in the order of dimensions: batch, token, head, channel; of angles batch, token, pair
+  m.def(
+      "rotate",
+      [](Address heads, const std::array<int64_t, 4>& strides, Address cos, Address sin,
+         Dtype angle_dtype, const std::array<int64_t, 3>& angle_strides, Address out, Dtype dtype,
+         const std::array<int64_t, 4>& shape, int64_t pairs, bool is_interleaved, bool turns_back,
+         int threads, int device, Address stream) {
+        const Rotation rotation{at(heads),        strides[0],       strides[1],
+                                strides[2],       strides[3],       at(cos),
+                                at(sin),          angle_dtype,      angle_strides[0],
+                                angle_strides[1], angle_strides[2], at(out),
+                                dtype,            shape[0],         shape[1],
+                                shape[2],         shape[3],         pairs,
+                                is_interleaved,   turns_back};
+        require(rotate(rotation, threads, device, at(stream)));
+      },
+      py::kw_only(), "heads"_a, "strides"_a, "cos"_a, "sin"_a, "angle_dtype"_a, "angle_strides"_a,
+      "out"_a, "dtype"_a, "shape"_a, "pairs"_a, "is_interleaved"_a, "turns_back"_a, "threads"_a,
+      "device"_a, "stream"_a);
+
+  py::enum_<Activation>(m, "Activation", py::module_local())
+      .value("silu", Activation::kSilu)
+      .value("gelu", Activation::kGelu)
+      .value("gelu_tanh", Activation::kGeluTanh)
+      .value("relu", Activation::kRelu)
+      .value("relu2", Activation::kRelu2)
+      .value("sigmoid", Activation::kSigmoid);
+
+  m.def(
+      "glu",
+      [](const Rows& gate, const Rows& up, const Rows& dout, Address out, Address dup,
+         int64_t rows, int64_t inner, int64_t size, Activation activation, int threads, int device,
+         Address stream) {
+        const GatedUnits units{gate, up, dout, at(out), at(dup), rows, inner, size, activation};
+        require(glu(units, threads, device, at(stream)));
+      },
+      py::kw_only(), "gate"_a, "up"_a, "dout"_a, "out"_a, "dup"_a, "rows"_a, "inner"_a, "size"_a,
+      "activation"_a, "threads"_a, "device"_a, "stream"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -343,4 +433,5 @@ PYBIND11_MODULE(_C, m) {
       "dlogprobs"_a, "dlse"_a, "dentropy"_a, "dlogits"_a, "plan"_a, "device"_a, "stream"_a);
 
   bind_linear_cross_entropy(m);
+  bind_layers(m);
 }

@@ -3,51 +3,10 @@
 
 #include "attention_mask.cuh"
 #include "attention_with_kv_cache.h"
+#include "numbers.cuh"
 #include "reduce.cuh"
-#include "vectors.cuh"
 
 namespace fastlm {
-
-// An element of a dtype that is known at run time.
-template <typename A>
-__device__ inline A number_at(const void* elements, int64_t place, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32: return widened(static_cast<const float*>(elements)[place]);
-    case Dtype::kBfloat16: return widened(static_cast<const __nv_bfloat16*>(elements)[place]);
-    case Dtype::kFloat16: return widened(static_cast<const __half*>(elements)[place]);
-    case Dtype::kFloat64: break;
-  }
-  return static_cast<A>(static_cast<const double*>(elements)[place]);
-}
-
-// What a number of float32, or of float64, becomes as an element of the dtype.
-__device__ inline float rounded(float x, Dtype dtype) {
-  if (dtype == Dtype::kBfloat16) return widened(narrowed<__nv_bfloat16>(x));
-  if (dtype == Dtype::kFloat16) return widened(narrowed<__half>(x));
-  return x;
-}
-__device__ inline double rounded(double x, Dtype) { return x; }
-
-__device__ inline void put_number(void* elements, int64_t place, Dtype dtype, float x) {
-  if (dtype == Dtype::kBfloat16)
-    static_cast<__nv_bfloat16*>(elements)[place] = narrowed<__nv_bfloat16>(x);
-  else if (dtype == Dtype::kFloat16)
-    static_cast<__half*>(elements)[place] = narrowed<__half>(x);
-  else
-    static_cast<float*>(elements)[place] = x;
-}
-__device__ inline void put_number(void* elements, int64_t place, Dtype, double x) {
-  static_cast<double*>(elements)[place] = x;
-}
-
-template <typename T>
-constexpr Dtype kDtype = Dtype::kFloat32;
-template <>
-constexpr Dtype kDtype<__nv_bfloat16> = Dtype::kBfloat16;
-template <>
-constexpr Dtype kDtype<__half> = Dtype::kFloat16;
-template <>
-constexpr Dtype kDtype<double> = Dtype::kFloat64;
 
 // Of two the even one.
 __device__ inline float nearest_integer(float x) { return rintf(x); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 
 import peft
 import pytest
@@ -18,7 +19,10 @@ import fastlm
 import fastlm.hf
 from fastlm.hf import layers
 from fastlm.hf import loss as fused
+from fastlm.hf.report import KINDS
 from fastlm.hf.verify import agree
+from fastlm.kernels._launch import recorded
+from fastlm.ops import _dispatch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SCALED = ["gemma2", "cohere", "granite", "hyperclovax"]  # capped, multiplied, divided, multiplied
@@ -174,6 +178,30 @@ def test_the_report_is_a_table_and_an_object(capsys):
     for kind in report.replaced:
         one = fastlm.optimize(model, **{other: other == kind for other in report.replaced})
         assert one.replaced == {kind: report.replaced[kind]}
+
+
+def test_layers_run_by_kernels_on_a_gpu(device, monkeypatch):
+    """Away from one, tensors of a CPU are taken for a GPU's, and the kernels are interpreted."""
+    if device == "cpu":
+        monkeypatch.setattr(_dispatch, "_on_gpu", lambda args: True)
+    theirs = hf_zoo.build("llama").train().to(device)
+    ours = copy.deepcopy(theirs)
+    report = fastlm.optimize(ours, attention=False, loss=False)
+    assert {row.kind: row.backend for row in report.rows} == dict.fromkeys(KINDS[2:], "triton")
+    inputs = {name: x.to(device) for name, x in hf_zoo.batch().items()}
+    with recorded() as log:
+        assert_same_training(ours, theirs, **inputs)
+    kernels = Counter((call.kernel.fn.__module__.split(".")[2], call.name) for call in log)
+    depth = ours.config.num_hidden_layers
+    norms = 2 * depth + 1
+    assert kernels == {
+        ("rms_norm", "forward_kernel"): norms,
+        ("rms_norm", "backward_kernel"): norms,
+        ("rms_norm", "weight_kernel"): norms,
+        ("rotary", "rotate_kernel"): 4 * depth,  # queries and keys, there and back
+        ("glu", "forward_kernel"): depth,
+        ("glu", "backward_kernel"): depth,
+    }
 
 
 def test_nothing_to_replace_warns_or_raises():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.layouts import layouts
-from support.pointwise import assert_agrees, assert_same_for_every_subset
+from support.pointwise import KERNELS, assert_agrees, assert_same_for_every_subset, judged
 
 import fastlm
 
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["triton", "cuda", "torch", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # B, T, H, G, D, R
 SHAPES = [(1, 1, 1, 1, 2, 2), (2, 5, 4, 2, 8, 8), (3, 7, 3, 1, 10, 6), (1, 33, 2, 2, 64, 64)]
@@ -38,11 +38,9 @@ def definition(x, cos, sin, interleaved):
     return torch.cat((turned, rest), -1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("shape", "dtype", "backend"), judged(SHAPES, DTYPES, BACKENDS))
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("per_sequence", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_complex_multiplication(
     shape, dtype, per_sequence, interleaved, backend, device
 ):
@@ -65,6 +63,7 @@ def test_gradients_are_those_of_the_function(interleaved, backend, device):
     assert torch.autograd.gradcheck(
         lambda q, k: fastlm.apply_rotary(q, k, cos, sin, interleaved=interleaved, backend=backend),
         (query.requires_grad_(), key.requires_grad_()),
+        fast_mode=backend in KERNELS,
     )
 
 

@@ -20,6 +20,8 @@ from fastlm.ops._define import define_op
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
 BACKENDS = {
+    "triton": "fastlm.kernels.glu",
+    "cuda": "fastlm.ops.cuda.glu",
     "torch": "fastlm.ops.eager.glu",
     "reference": "fastlm.ops.reference.glu",
 }
@@ -36,7 +38,7 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu", backend: str = "auto
         up: Shape and dtype of ``gate``.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` (its tanh approximation), ``"relu"``,
             ``"relu2"`` (its square) or ``"sigmoid"``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A new tensor of the same shape and dtype.

@@ -18,6 +18,8 @@ from fastlm.ops._checks import (
 from fastlm.ops._define import define_op
 
 BACKENDS = {
+    "triton": "fastlm.kernels.rms_norm",
+    "cuda": "fastlm.ops.cuda.rms_norm",
     "torch": "fastlm.ops.eager.rms_norm",
     "reference": "fastlm.ops.reference.rms_norm",
 }
@@ -46,7 +48,7 @@ def rms_norm(
         eps: Added to the mean square.
         weight_offset: Added to ``weight``; 1.0 for models that store the difference from one.
         residual: Shape of ``input``.  The sum has the wider of the two dtypes.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``(..., C)`` in the dtype of ``input``; with ``residual`` the pair ``(out, sum)``, both in

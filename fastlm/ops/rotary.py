@@ -19,6 +19,8 @@ from fastlm.ops._checks import (
 from fastlm.ops._define import define_op
 
 BACKENDS = {
+    "triton": "fastlm.kernels.rotary",
+    "cuda": "fastlm.ops.cuda.rotary",
     "torch": "fastlm.ops.eager.rotary",
     "reference": "fastlm.ops.reference.rotary",
 }
@@ -48,7 +50,7 @@ def apply_rotary(
             these dtypes.
         sin: Shape and dtype of ``cos``.
         interleaved: Pair neighbouring channels.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Rotated query and key, new tensors of the same shapes and dtype.

@@ -30,8 +30,11 @@ from fastlm.kernels import (
     attention,
     attention_with_kv_cache,
     cross_entropy,
+    glu,
     linear_cross_entropy,
     linear_top_k,
+    rms_norm,
+    rotary,
 )
 from fastlm.kernels._chunks import Operand, Upstream
 from fastlm.kernels._launch import Launch, recorded
@@ -41,6 +44,7 @@ from fastlm.kernels.attention.tuning import Plan, shared_memory
 from fastlm.kernels.attention.tuning import plan as attention_plan
 from fastlm.kernels.linear_cross_entropy import chunk
 from fastlm.kernels.linear_top_k.launch import launch_top_k
+from fastlm.ops.glu import ACTIVATIONS
 
 ARCHES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -244,12 +248,59 @@ def _attention_with_kv_cache(
     attention_with_kv_cache.forward(*arguments)
 
 
+def rms_norm_launches(dtype: torch.dtype) -> None:
+    for size in (32, 128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768):
+        regular = empty(64, size, dtype=dtype)
+        _rms_norm(regular, with_residual=False)
+        _rms_norm(regular, with_residual=True)
+        # heads of a projection, one element short: nothing divides by 16
+        ragged = empty(2, 5, 3, size + 1, dtype=dtype)[:, :, 1, : size - 1]
+        _rms_norm(ragged, with_residual=True)
+        out, _, rstd = rms_norm.forward(ragged, None, None, 1e-6, 0.0)
+        rms_norm.backward(out, None, ragged, None, rstd, 0.0, True, False)
+        rms_norm.backward(out, None, ragged, out[0, 0], rstd, 0.0, False, True)
+
+
+def _rms_norm(input: Tensor, *, with_residual: bool) -> None:
+    weight = empty(input.shape[-1], dtype=input.dtype)
+    residual = empty(*input.shape, dtype=input.dtype) if with_residual else None
+    out, total, rstd = rms_norm.forward(input, weight, residual, 1e-6, 0.0)
+    dtotal, vectors = (total, total) if with_residual else (None, input)
+    for needs_weight in (False, True):
+        rms_norm.backward(out, dtotal, vectors, weight, rstd, 0.0, True, needs_weight)
+
+
+def rotary_launches(dtype: torch.dtype) -> None:
+    for head_dim in (32, 64, 128, 256):
+        query, key = empty(2, 16, 8, head_dim, dtype=dtype), empty(2, 16, 2, head_dim, dtype=dtype)
+        cos = empty(16, head_dim // 2, dtype=dtype)
+        # queries and keys of one projection; some channels stay
+        both = empty(2, 5, 3, 3, head_dim + 1, dtype=dtype)[..., : head_dim - 1]
+        angles = empty(2, 5, head_dim, dtype=dtype)[..., : 2 * (head_dim // 2 - 2) : 2]
+        for interleaved in (False, True):
+            for step in (rotary.forward, rotary.backward):
+                step(query, key, cos, cos, interleaved)
+            rotary.forward(both[:, :, 0], both[:, :, 1], angles, angles, interleaved)
+
+
+def glu_launches(dtype: torch.dtype) -> None:
+    for activation in ACTIVATIONS:
+        for size in (512, 4_096):
+            both = empty(2, 5, 2 * size, dtype=dtype)
+            odd = empty(2, 5, 2 * size + 1, dtype=dtype)
+            for gate, up in (both.chunk(2, -1), (odd[..., : size - 1], odd[..., size:-2])):
+                glu.backward(glu.forward(gate, up, activation), gate, up, activation)
+
+
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     "attention": attention_launches,
     "attention_with_kv_cache": attention_with_kv_cache_launches,
     "cross_entropy": cross_entropy_launches,
+    "glu": glu_launches,
     "linear_cross_entropy": linear_cross_entropy_launches,
     "linear_top_k": linear_top_k_launches,
+    "rms_norm": rms_norm_launches,
+    "rotary": rotary_launches,
 }
 
 
@@ -259,8 +310,11 @@ MOST_STACK = {
     "attention": 32,
     "attention_with_kv_cache": 16,
     "cross_entropy": 0,
+    "glu": 32,
     "linear_cross_entropy": 128,
     "linear_top_k": 8,
+    "rms_norm": 32,
+    "rotary": 32,
 }
 
 
@@ -384,6 +438,10 @@ def takes_long(launch: Launch) -> bool:
     """Whether the compiler needs half a minute, or all but repeats itself: for test-all."""
     sizes = [launch.constants.get(name, 0) for name in ("HEAD_DIM", "VALUE_DIM")]
     is_ragged = any(size % 8 for size in sizes)
+    # of the ops on layers a row of a table each, and one activation
+    usual = {"ACTIVATION": "silu", "BLOCK_C": 4_096, "BLOCK_P": 64}
+    if any(launch.constants.get(name, value) != value for name, value in usual.items()):
+        return True
     if launch.constants.get("PRECISION") == "tf32":
         return max(sizes) != 128 or is_ragged
     return max(sizes) > 256 and (is_ragged or launch.args[0].dtype == torch.float32)

@@ -6,10 +6,33 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastlm.testing import assert_as_accurate
+
+KERNELS = ("triton", "cuda")
+
+
+def judged(
+    shapes: Sequence[Any], dtypes: Sequence[torch.dtype], backends: Sequence[str]
+) -> list[Any]:
+    """Parameters ``shape``, ``dtype``, ``backend``, all together; some of the kernels' take long.
+
+    Their float64 is left to gradcheck: there the definition is as wrong as what it would judge.
+    """
+    return [
+        pytest.param(
+            shape, dtype, backend,
+            id=f"{'x'.join(map(str, shape))}-{str(dtype).removeprefix('torch.')}-{backend}",
+            marks=[pytest.mark.slow] * (backend in KERNELS and (at + to) % 3 > 0),
+        )
+        for at, shape in enumerate(shapes)
+        for to, dtype in enumerate(dtypes)
+        for backend in backends
+        if backend not in KERNELS or dtype != torch.float64
+    ]  # fmt: skip
 
 
 def outputs_and_gradients(
