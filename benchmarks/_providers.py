@@ -31,6 +31,7 @@ class Source:
 PROVIDERS: dict[str, Source] = {
     "fastlm": Source("by the backend that it chooses", "fastlm", "ours"),
     "cuda": Source("fastlm by its kernels in CUDA C++", "fastlm", "ours"),
+    "gluon": Source("fastlm by its kernels in Gluon, for Hopper", "fastlm", "ours"),
     "fastlm.ragged": Source("prompts of different lengths", "fastlm", "ours"),
     "fastlm.int8": Source("weights in 8 bits", "fastlm", "ours"),
     "torch": Source("what one writes with torch's operators"),

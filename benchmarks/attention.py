@@ -35,10 +35,12 @@ FORCED = {
     "sdpa.math": SDPBackend.MATH,
 }
 # These neither store scores nor have to be compiled for every shape.
-FUSED = ("sdpa", "sdpa.flash", "sdpa.cudnn", "sdpa.efficient", "flash-attn", "fastlm", "cuda")
+FUSED = (
+    "sdpa", "sdpa.flash", "sdpa.cudnn", "sdpa.efficient", "flash-attn", "fastlm", "cuda", "gluon",
+)  # fmt: skip
 STORING = ("sdpa.math", "torch", "torch.compile")
 _BOTH = ("flex", "varlen", "flash-attn", "fastlm", "cuda")
-CAUSAL_PROVIDERS = ("sdpa", *FORCED, "torch", "torch.compile", *_BOTH)
+CAUSAL_PROVIDERS = ("sdpa", *FORCED, "torch", "torch.compile", *_BOTH, "gluon")
 OPTIONS_PROVIDERS = ("sdpa.mask", "sdpa.built", "torch", *_BOTH)
 SOFTCAP = 50.0  # of Gemma 2
 
@@ -224,6 +226,7 @@ def _providers(call: _Call) -> dict[str, Make]:
         providers |= {name: given(_forced(backend)) for name, backend in FORCED.items()}
         providers["torch"] = given(eager(call))
         providers["torch.compile"] = lambda: compiled(eager(call))
+        providers["gluon"] = lambda: hopper(call)
     elif fits_mask:
         providers = {
             "sdpa.mask": given(sdpa_mask(call, at_once=True)),
@@ -264,6 +267,12 @@ def fused(call: _Call) -> Callable[..., Tensor]:
         return out
 
     return attend
+
+
+def hopper(call: _Call) -> Provider:
+    if call.device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        return "needs a GPU of sm_90"
+    return functools.partial(fused(call), backend="gluon")
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

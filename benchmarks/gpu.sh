@@ -24,6 +24,7 @@ self-test                    |  30 | 180 | run_self_test
 build-cuda                   |  60 | 400 | run_build_cuda
 test-cross_entropy           |  60 | 240 | run_tests tests/test_cross_entropy*.py
 test-attention               |  60 | 360 | run_tests tests/test_attention.py tests/test_attention_[!sw]*.py tests/test_packing.py
+test-gluon                   |  60 | 240 | run_hopper_tests
 test-attention_with_kv_cache |  60 | 240 | run_tests tests/test_attention_with_kv_cache*.py tests/test_kv_cache.py
 test-generate                |  60 | 240 | run_tests tests/test_generat*.py tests/test_paged_kv_cache.py tests/test_sampling.py
 test-linear_cross_entropy    |  60 | 300 | run_tests tests/test_linear_cross_entropy*.py
@@ -81,6 +82,14 @@ if isinstance(reason := extension(), str):
     print(reason)
     raise SystemExit(77)' || exit $?
   run_tests -k cuda "$@"
+}
+
+run_hopper_tests() {
+  "$python" -c 'import torch
+if torch.cuda.get_device_capability() != (9, 0):
+    print("the Gluon kernels are for sm_90")
+    raise SystemExit(77)' || exit $?
+  run_tests tests/on_hopper.py
 }
 
 # The programs that check kernels without torch, built by nvcc, under a tool of compute-sanitizer.
@@ -217,7 +226,7 @@ for name in $(pending); do
   save
   begun=$SECONDS code=0
   export python out limit fresh
-  export -f run_self_test run_build_cuda run_tests run_cuda_tests run_sanitizer run_benchmark run_decode
+  export -f run_self_test run_build_cuda run_tests run_cuda_tests run_hopper_tests run_sanitizer run_benchmark run_decode
   timeout --kill-after=10 "$limit" bash -euc "${commands[$name]}" 2>&1 | tee -a "$log" || code=$?
   took[$name]=$((SECONDS - begun))
   last=$(tail -n 1 "$log" | tr '\t' ' ' | cut -c1-100)
