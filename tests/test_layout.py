@@ -30,6 +30,7 @@ LAYERS = [
     ("fastlm.inference",),
     ("fastlm.training",),
     ("fastlm.hf",),
+    ("fastlm.finetuning",),
     ("fastlm.testing",),
     ("fastlm.cli", "fastlm.benchmarks"),
     ("fastlm.__main__",),

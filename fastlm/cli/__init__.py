@@ -17,6 +17,7 @@ from fastlm._errors import ArgumentError, UserError
 COMMANDS = {
     "demo": "train a small model on real text, sample from it and plot its next token",
     "train": "train a causal language model on your text",
+    "finetune": "train a Hugging Face model further, on examples",
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "next": "show the distribution of the next token",
