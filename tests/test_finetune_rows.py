@@ -16,7 +16,8 @@ CHAT = ChatTemplate(hf_folders.TEMPLATE, {"eos_token": "<|end|>"})
 # as Qwen3's: what was thought before an answer is left out of it once it is past
 FORGETFUL = ChatTemplate(
     "{% for m in messages %}{% set past = m.role == 'assistant' and not loop.last %}"
-    "<{{ m.role }}>{{ m.content[-2:] if past else m.content }}.{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "<{{ m.role }}>{{ m.content[-2:] if past else m.content }}."
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 

@@ -24,6 +24,13 @@ _WRITTEN = (
     "metrics.jsonl", "report.md", "env.json", SUMMARY,
 )  # fmt: skip
 
+# what a run cannot change when it goes on
+FIXED = (
+    "model", "method", "lora_r", "lora_alpha", "lora_dropout", "last_n_layers", "text_column",
+    "label_column", "label_prompt", "validation", "max_length", "epochs", "steps", "batch_size",
+    "seed",
+)  # fmt: skip
+
 
 def read_run(out: str | Path) -> FinetuneConfig:
     """The settings of the run in a folder, to go on with it.
@@ -34,20 +41,26 @@ def read_run(out: str | Path) -> FinetuneConfig:
     file = Path(out) / CONFIG
     if not file.exists():
         raise ConfigError(f"{COMMAND}: out must hold the run to resume, got {out} without one")
-    return FinetuneConfig.from_dict({**read_settings(file, COMMAND), "resume": True, "out": out})
+    return FinetuneConfig.from_dict(
+        {**read_settings(file, COMMAND), "resume": True, "out": str(out)}
+    )
 
 
 def check_out(config: FinetuneConfig) -> None:
-    """Before anything else is done.
+    """Refuse an ``out`` that does not suit the run, before anything else is done.
 
     Raises:
-        ConfigError: ``out`` is no folder, or holds a run.
+        ConfigError: It is no folder, or holds a run; or to go on with that, a setting is another.
     """
     path = Path(config.out)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{COMMAND}: out must be a folder, got the file {path}")
     if config.resume:
-        read_run(path)
+        before = read_run(path)
+        for name in FIXED:
+            old, new = getattr(before, name), getattr(config, name)
+            if old != new:
+                raise ConfigError(f"{COMMAND}: {name} must stay {old!r} to resume, got {new!r}")
     elif (path / CONFIG).exists() and not config.overwrite:
         raise ConfigError(
             f"{COMMAND}: out must be a folder without a run, got {path}; go on with that run by "

@@ -43,13 +43,6 @@ NEXT_TOKENS = 10
 DEFAULT_MAX_LENGTH = 1024
 """Where the model's context is not shorter."""
 
-# what a run cannot change when it goes on
-FIXED = (
-    "model", "method", "lora_r", "lora_alpha", "lora_dropout", "last_n_layers", "text_column",
-    "label_column", "label_prompt", "validation", "max_length", "epochs", "steps", "batch_size",
-    "seed",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class FinetuneResult:

@@ -36,7 +36,7 @@ def write_model(folder: Path, model_type: str = "llama", **changes: Any) -> Path
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(2.0)
     # a bar for each file
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder)
