@@ -21,7 +21,8 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "next": "show the distribution of the next token",
-    "eval": "measure how well a model predicts a text",
+    "eval": "measure how well a model predicts a text, or finds labels",
+    "export": "write a run as others take it, an adapter merged into its model",
     "doctor": "show versions, devices and backends, and test every kernel",
 }
 

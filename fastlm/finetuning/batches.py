@@ -10,12 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastlm.finetuning.config import COMMAND
 from fastlm.finetuning.examples import Example
 from fastlm.hf.loss import base_model
+from fastlm.training.config import ConfigError
 
 IGNORE_INDEX = -100
 
 Item = TypeVar("Item")
+
+DEFAULT_MAX_LENGTH = 1024
+"""Of examples, where the model's context is not shorter."""
 
 # of the two documents that packing is tried on
 _TRIED = 8
@@ -124,6 +129,26 @@ class Layout:
         if torch.equal(*results):
             return None
         return "the model lets a packed example see the one before it"
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The most tokens that a model reads, where its config says so."""
+    context = getattr(base_model(model).config, "max_position_embeddings", None)
+    return context if isinstance(context, int) else None
+
+
+def max_length_of(model: nn.Module, wanted: int | None) -> int:
+    """How long examples may be.
+
+    Raises:
+        ConfigError: ``wanted`` is more than the model reads.
+    """
+    context = context_of(model)
+    if wanted is not None and context is not None and wanted > context:
+        raise ConfigError(
+            f"{COMMAND}: max_length must be at most {context}, the model's context, got {wanted}"
+        )
+    return wanted or min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
 
 
 def chunks(items: Sequence[Item], sizes: Sequence[int], most: int) -> Iterator[Sequence[Item]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.finetuning import folder as folders
-from fastlm.finetuning.batches import Batch, Layout
+from fastlm.finetuning.batches import Batch, Layout, max_length_of
 from fastlm.finetuning.config import COMMAND, FinetuneConfig
 from fastlm.finetuning.examples import Encoder, Example
 from fastlm.finetuning.measure import Measured, loss_sum, measure, next_token
@@ -27,7 +27,6 @@ from fastlm.finetuning.pretrained import Pretrained, device_of, locate
 from fastlm.finetuning.report import Ran, Told, write_report
 from fastlm.finetuning.rows import Fields, Row, Rows, read_rows
 from fastlm.hf.instance import explain_attention, optimize, restore
-from fastlm.hf.loss import base_model
 from fastlm.inference.next_token import NextToken
 from fastlm.training import checkpoint as checkpoints
 from fastlm.training.checkpoint import Checkpoint
@@ -39,9 +38,6 @@ from fastlm.training.loop import NonFiniteError
 
 NEXT_TOKENS = 10
 """Shown before and after."""
-
-DEFAULT_MAX_LENGTH = 1024
-"""Where the model's context is not shorter."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +347,8 @@ class _Run:
             folders.SUMMARY,
             {"base": self.config.model, "method": self.config.method, "step": self.step,
              "steps": self.steps, "labels": labels, "text_column": self.config.text_column,
-             "label_column": self.config.label_column, "label_prompt": self.config.label_prompt},
+             "label_column": self.config.label_column, "label_prompt": self.config.label_prompt,
+             "max_length": self.encoder.max_length},
         )  # fmt: skip
 
     def _resume(self) -> None:
@@ -397,14 +394,7 @@ class _Run:
 def _encoder(
     config: FinetuneConfig, source: Pretrained, model: nn.Module, rows: Rows, held_out: Rows
 ) -> Encoder:
-    context = getattr(base_model(model).config, "max_position_embeddings", None)
-    if not isinstance(context, int):
-        context = None
-    length = config.max_length or min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
-    if context is not None and length > context:
-        raise ConfigError(
-            f"{COMMAND}: max_length must be at most {context}, the model's context, got {length}"
-        )
+    length = max_length_of(model, config.max_length)
     labels = {row.label for row in (*rows.rows, *held_out.rows) if row.label is not None}
     if len(labels) == 1:
         raise DataError(f"{COMMAND}: {config.data} must have two labels, got only {min(labels)!r}")

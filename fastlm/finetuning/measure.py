@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -30,19 +31,23 @@ class Measured:
         tokens: To predict in them.
         loss: Mean negative log-probability of these, in nats.
         accuracy: Share of labelled examples whose label was the likeliest, or None.
+        predicted: The likeliest label of each, where they have labels.
     """
 
     rows: int
     tokens: int
     loss: float
     accuracy: float | None = None
+    predicted: tuple[int, ...] = ()
 
     @property
     def perplexity(self) -> float:
         return exp(self.loss)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "perplexity": self.perplexity}
+        values = {**asdict(self), "perplexity": self.perplexity}
+        del values["predicted"]
+        return values
 
     def __str__(self) -> str:
         loss = f"perplexity {self.perplexity:.4g}, loss {self.loss:.4f} nats"
@@ -83,15 +88,16 @@ def measure(
             batch = layout.batch(part)
             total += float(loss_sum(layout, batch))
             tokens += batch.num_learned
-        accuracy = None
+        accuracy, predicted = None, tuple[int, ...]()
         if labels:
             prompts = [example.ids[: example.prompt] for example in examples]
             found = label_logprobs(layout, prompts, labels).argmax(1)
             wanted = torch.tensor([example.label for example in examples])
             accuracy = float((found == wanted).double().mean())
-    if not torch.tensor(total).isfinite():
+            predicted = tuple(map(int, found))
+    if not math.isfinite(total):
         raise FloatingPointError("measure: the model's logits are not finite")
-    return Measured(len(examples), tokens, total / tokens, accuracy)
+    return Measured(len(examples), tokens, total / tokens, accuracy, predicted)
 
 
 @torch.inference_mode()
@@ -172,6 +178,25 @@ def _logits_at(layout: Layout, batch: Batch, rows: Sequence[int]) -> Tensor:
     # a model may use the weight of its last layer without calling it
     logits = logits.flatten(0, 1)
     return cast(Tensor, logits if len(logits) == len(rows) else logits[at])
+
+
+@torch.inference_mode()
+def text_loss(layout: Layout, ids: Sequence[int], window: int) -> float:
+    """The mean loss of a text, as :func:`fastlm.inference.perplexity.mean_loss` reads it.
+
+    Raises:
+        FloatingPointError: The model's logits are not finite.
+    """
+    tokens, total = torch.tensor(ids, device=layout.device), 0.0
+    with _evaluating(layout.model):
+        for inputs, targets in zip(
+            tokens[:-1].split(window), tokens[1:].split(window), strict=True
+        ):
+            logits = layout.model(input_ids=inputs[None], **layout.options).logits[0]
+            total += float(cross_entropy(logits, targets, reduction="sum"))
+    if not math.isfinite(total):
+        raise FloatingPointError("perplexity: the model's logits are not finite")
+    return total / (len(ids) - 1)
 
 
 @contextlib.contextmanager

@@ -18,10 +18,10 @@ from torch import nn
 from fastlm._errors import MissingPackageError
 from fastlm.hf.verify import first_line
 from fastlm.inference.chat import ChatTemplate
+from fastlm.inference.language_model import ADAPTER
 from fastlm.model.checkpoint import ModelFileError, read_json
 from fastlm.model.hub import model_folder
 
-ADAPTER = "adapter_config.json"
 # what transformers raises about files that it does not understand
 _MISTAKES = (
     AttributeError, ImportError, KeyError, OSError, RuntimeError, SafetensorError, TypeError,
