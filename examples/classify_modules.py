@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--model", help="model folder or name; by default one is trained")
     parser.add_argument("--out", type=Path, default=Path("runs/classify"))
     parser.add_argument("--method", default="full", help="lora, full, last-n-layers or head")
-    parser.add_argument("--base-steps", type=int, default=600, help="to train that model for")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--base-steps", type=int, default=400, help="to train that model for")
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
 
@@ -79,9 +79,7 @@ def main() -> None:
     if base is None:
         base = str(options.out / "base")
         print("first, a model of Python's standard library")
-        fastlm.train(
-            demo_config(base, prompt="def ", steps=options.base_steps, overwrite=True)
-        )
+        fastlm.train(demo_config(base, prompt="def ", steps=options.base_steps, overwrite=True))
     print("\nthen, which package a snippet is from")
     result = fastlm.finetune(
         fastlm.FinetuneConfig(
