@@ -105,14 +105,12 @@ def _by_fastlm(options: EvalOptions, text: str) -> tuple[dict[str, Any], list[st
 
 def _by_hf(options: EvalOptions, text: str) -> tuple[dict[str, Any], list[str]]:
     from fastlm.finetuning.evaluate import evaluate_text
-    from fastlm.finetuning.pretrained import without_bars
 
     if options.weights != "float":
         raise ArgumentError(
             f"eval: weights must be float for a model that fastlm.load does not open, "
             f"got {options.weights!r}"
         )
-    without_bars()
     return _told(*evaluate_text(options.run, text, window=options.window))
 
 
@@ -125,9 +123,7 @@ def _told(loss: float, tokens: int) -> tuple[dict[str, Any], list[str]]:
 
 def _rows(options: EvalOptions, data: Path) -> int:
     from fastlm.finetuning.evaluate import evaluate_rows
-    from fastlm.finetuning.pretrained import without_bars
 
-    without_bars()
     found = evaluate_rows(
         options.run,
         data,

@@ -29,9 +29,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse(ExportOptions, "export", argv)
     # here and not above: help needs no torch
     from fastlm.finetuning.export import export
-    from fastlm.finetuning.pretrained import without_bars
 
-    without_bars()
     done = export(options.run, options.out, merge=options.merge, dtype=options.dtype)
     if done.error is not None:
         print(

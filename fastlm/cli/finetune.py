@@ -31,9 +31,7 @@ def run(argv: Sequence[str]) -> int:
         default = read_run(out or (default.out if default else FinetuneConfig.out))
     config = parse(FinetuneConfig, COMMAND, rest, default, more_help=CONFIG_HELP)
     from fastlm.finetuning import finetune
-    from fastlm.finetuning.pretrained import without_bars
 
-    without_bars()
     result = finetune(config)
     print("go on with:")
     if config.method == "lora":

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastlm.finetuning.config import COMMAND, FinetuneConfig
+from fastlm.finetuning.pretrained import without_bars
 from fastlm.training.config import ConfigError
 from fastlm.training.config_file import CONFIG, read_settings, write_config
 from fastlm.training.folder import RunFolder, environment
@@ -123,7 +124,7 @@ def _sync(path: Path) -> None:
 
 def write_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """An adapter in peft's layout, or a whole model in Hugging Face's, with its tokenizer."""
-    with replacing(folder) as fresh:
+    with replacing(folder) as fresh, without_bars():
         model.save_pretrained(fresh)  # type: ignore[operator]
         tokenizer.save_pretrained(fresh)
         # peft's form of a model card, with nothing filled in

@@ -127,9 +127,17 @@ def import_peft(who: str) -> Any:
     return peft
 
 
-def without_bars() -> None:
-    """No progress bars of transformers from now on, for a process that shows its own."""
-    transformers.utils.logging.disable_progress_bar()
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars, of which there would be one for each file."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -151,10 +159,11 @@ def _open_model(
     folder: Path, source: str | Path, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     try:
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        with without_bars():
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except _MISTAKES as error:
         raise ModelFileError(
             f"{source}: transformers cannot open it: {first_line(error)}"
