@@ -127,7 +127,7 @@ def test_parameters_that_did_not_move_are_not_said_to_have(folder):
     assert changes(model, before).changed == {"lm_head.weight": (320, 32)}
 
 
-@pytest.mark.parametrize("stopped_at", [1, 5])
+@pytest.mark.parametrize("stopped_at", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_stopped_run_is_saved_and_goes_on_to_the_same_weights(
     folder, tmp_path, capsys, stopped_at
 ):
@@ -272,6 +272,7 @@ def test_chunks_are_in_order_and_small():
     assert list(chunks([], [], 6)) == []
 
 
+@pytest.mark.slow
 def test_accumulated_parts_are_one_step(folder, tmp_path):
     whole = tune(folder, tmp_path / "a", steps=2, lr=1e-2)
     parts = tune(folder, tmp_path / "b", steps=2, lr=1e-2, grad_accumulation=3)

@@ -131,7 +131,7 @@ def test_a_bad_line_of_csv_is_named(tmp_path, text, line, said):
 
 
 def test_all_bad_rows_are_counted(tmp_path):
-    with pytest.raises(DataError, match=r":2: .* \(and 2 more rows like it\)"):
+    with pytest.raises(DataError, match=r":2: .* \(and 2 more bad rows\)"):
         read(tmp_path, '{"text": "a"}\n{"text": 1}\n{"text": 2}\n{"text": 3}')
 
 

@@ -200,8 +200,7 @@ class _Run:
         share = f"{changed.parameters:,} of {changed.total:,} numbers"
         display.say(
             "changed",
-            f"{share} in {len(changed.changed):,} parameters; the {changed.untouched:,} others "
-            "have the very bits they had",
+            f"{share} in {len(changed.changed):,} parameters; {changed.rest()}",
         )
         display.say("written", f"{self.folder.path}: {self._kind()}, report.md")
         return FinetuneResult(self.folder.path, self.step, before, after, changed, (expected, then))

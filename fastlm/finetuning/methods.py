@@ -102,6 +102,12 @@ class Changes:
     parameters: int
     total: int
 
+    def rest(self) -> str:
+        """What of the parameters is not among those."""
+        if not self.untouched:
+            return "there is no other"
+        return f"the {self.untouched:,} others have the very bits they had"
+
     def grouped(self) -> list[tuple[str, int, tuple[int, ...]]]:
         """Names with their layers' numbers as ``*``, how many there are of each, their shape."""
         groups: dict[tuple[str, tuple[int, ...]], int] = {}

@@ -131,8 +131,8 @@ def changed_table(changes: Changes) -> list[str]:
         lines.append(f"| `{name}` | {count} | {' x '.join(map(str, shape))} |")
     return [
         f"{changes.parameters:,} of {changes.total:,} numbers ({share:.2%}), in "
-        f"{len(changes.changed):,} of the {changes.trained:,} parameters that were trained. The "
-        f"{changes.untouched:,} others have the very bits they had.",
+        f"{len(changes.changed):,} of the {changes.trained:,} parameters that were trained; "
+        f"{changes.rest()}.",
         "\n".join(lines),
     ]
 

@@ -117,7 +117,7 @@ def read_rows(
         except _BadRowError as error:
             wrong.append(f"{place}: {error}")
     if wrong:
-        more = f" (and {len(wrong) - 1} more rows like it)" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more bad rows)" if len(wrong) > 1 else ""
         raise DataError(f"{COMMAND}: {wrong[0]}{more}")
     if not rows:
         raise DataError(f"{COMMAND}: {path} has no rows")
