@@ -222,7 +222,7 @@ def test_a_model_that_mixes_packed_examples_is_noticed(monkeypatch):
         type(model), "forward",
         lambda self, input_ids=None, position_ids=None, **rest: forward(self, input_ids, **rest),
     )  # fmt: skip
-    assert "see the one before" in Layout(model).why_padded
+    assert "with the example before" in Layout(model).why_padded
 
 
 def test_training_runs_our_operators(folder, tmp_path):

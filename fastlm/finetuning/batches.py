@@ -110,7 +110,7 @@ class Layout:
     def _why_padded(self) -> str | None:
         """Pack a document behind two others, and see that its logits are the same to the bit."""
         if not self.takes_positions:
-            return "the model takes no positions, by which it could tell examples apart"
+            return "the model takes no positions that could tell examples apart"
         count = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
         draw: Any = torch.randint(count, (3, _TRIED), generator=generator).unbind()
@@ -128,7 +128,7 @@ class Layout:
                 module.training = True
         if torch.equal(*results):
             return None
-        return "the model lets a packed example see the one before it"
+        return "the logits of a packed example change in some bit with the example before it"
 
 
 def context_of(model: nn.Module) -> int | None:

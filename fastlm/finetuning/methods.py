@@ -58,7 +58,8 @@ def _with_adapter(model: nn.Module, config: FinetuneConfig) -> nn.Module:
             adapted: nn.Module = peft.get_peft_model(model, options)
     except ValueError as error:
         raise ConfigError(
-            f"{COMMAND}: method lora does not fit {type(model).__name__}: {first_line(error)}"
+            f"{COMMAND}: method must be full, last-n-layers or head for {type(model).__name__}, "
+            f"got 'lora': {first_line(error)}"
         ) from error
     return adapted
 
