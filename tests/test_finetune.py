@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -155,6 +156,23 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_weights(
     assert summary["after"]["loss"] == whole.after.loss
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows][-1] == 8
+
+
+def test_every_epoch_has_every_row_once_in_another_order(folder, tmp_path, monkeypatch):
+    trained: list[Example] = []
+    batch = Layout.batch
+
+    def recorded(self, examples):
+        if self.model.training:
+            trained.extend(examples)
+        return batch(self, examples)
+
+    monkeypatch.setattr(Layout, "batch", recorded)
+    tune(folder, tmp_path / "run", epochs=2, validation=0.8)
+    first, second = trained[: len(trained) // 2], trained[len(trained) // 2 :]
+    assert len(first) == 84 - 67
+    assert first != second
+    assert Counter(first) == Counter(second)
 
 
 def test_a_run_is_resumed_with_its_own_data_only(folder, tmp_path):

@@ -175,6 +175,14 @@ def test_an_empty_prompt_is_the_token_that_starts_a_text(tmp_path, tokenizer):
     assert not found.learned[0]
 
 
+def test_what_nothing_comes_before_is_not_learned(tmp_path, tokenizer):
+    """It would be predicted from the example before it in a packed row."""
+    bare = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = {"messages": [{"role": "assistant", "content": "cat sat"}]}
+    (found,) = Encoder(tokenizer, 64).encode(read(tmp_path, [row], template=bare).rows[0])
+    assert found.learned == (False, *[True] * (len(found.ids) - 1))
+
+
 def test_a_long_prompt_loses_its_beginning_and_never_its_answer(tmp_path, tokenizer):
     row = {"prompt": "x" * 40 + "yz", "completion": "cat"}
     encoder, (found,) = encoded(tmp_path, tokenizer, [row], max_length=6)
