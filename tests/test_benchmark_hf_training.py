@@ -17,7 +17,7 @@ PLAIN = {name: value for name, value in os.environ.items() if name != "TRITON_IN
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are counted on Linux alone")
 def test_rows_have_times_and_peaks(tmp_path):
-    small = ["--hidden", "64", "--layers", "1", "--length", "64", "--batch", "2", "--rounds", "3"]
+    small = ["--hidden", "64", "--layers", "1", "--length", "64", "--batch", "8", "--rounds", "3"]
     vocabularies = ["--vocab", "512", "--large-vocab", "65536", "--device", "cpu"]
     command = [sys.executable, "-P", str(SCRIPT), *small, *vocabularies, "--out", str(tmp_path)]
     done = subprocess.run(
