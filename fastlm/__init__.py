@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "CausalLM": "fastlm.model.transformer",
     "CausalLMConfig": "fastlm.model.config",
+    "FinetuneConfig": "fastlm.finetuning.config",
+    "FinetuneResult": "fastlm.finetuning.loop",
     "KernelMismatch": "fastlm.functional",
     "LanguageModel": "fastlm.inference.language_model",
     "LossStats": "fastlm.functional",
@@ -29,6 +31,7 @@ _HOMES = {
     "cu_seqlens_from_document_ids": "fastlm.functional",
     "cu_seqlens_from_position_ids": "fastlm.functional",
     "explain": "fastlm.functional",
+    "finetune": "fastlm.finetuning.loop",
     "functional": "",
     "glu": "fastlm.functional",
     "hf": "",
@@ -52,6 +55,8 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from fastlm.compat.provider import use_as_sdpa
+    from fastlm.finetuning.config import FinetuneConfig
+    from fastlm.finetuning.loop import FinetuneResult, finetune
     from fastlm.functional import (
         KernelMismatch,
         LossStats,
@@ -85,6 +90,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CausalLM",
     "CausalLMConfig",
+    "FinetuneConfig",
+    "FinetuneResult",
     "KernelMismatch",
     "LanguageModel",
     "LossStats",
@@ -101,6 +108,7 @@ __all__ = [
     "cu_seqlens_from_document_ids",
     "cu_seqlens_from_position_ids",
     "explain",
+    "finetune",
     "glu",
     "linear_cross_entropy",
     "linear_logprobs",

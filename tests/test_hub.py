@@ -110,7 +110,8 @@ FAULTS = {
     ),
     "not cached": (
         lambda: errors.LocalEntryNotFoundError("gone\nfar"),
-        "not in the cache of the Hugging Face hub, which is offline or out of reach",
+        "which is offline or out of reach; where there is a network, hf download "
+        f"{NAME} --local-dir DIR makes a folder of it",
     ),
     "server": (
         lambda: errors.HfHubHTTPError("500 it\nbroke", response=Response()),
@@ -168,5 +169,6 @@ except fastlm.ModelFileError as error:
     *_, line = done.stdout.splitlines()
     assert line == (
         "someone/other: no such folder, and not in the cache of the Hugging Face hub, "
-        "which is offline or out of reach"
+        "which is offline or out of reach; where there is a network, hf download someone/other "
+        "--local-dir DIR makes a folder of it"
     )

@@ -30,6 +30,7 @@ LAYERS = [
     ("fastlm.inference",),
     ("fastlm.training",),
     ("fastlm.hf",),
+    ("fastlm.finetuning",),
     ("fastlm.testing",),
     ("fastlm.benchmarks",),
     ("fastlm.cli",),
@@ -80,7 +81,7 @@ def package_files() -> list[Path]:
 
 @cache
 def all_files() -> list[Path]:
-    folders = ("fastlm", "kernels", "csrc", "benchmarks", "tests", "docs", ".ci")
+    folders = ("fastlm", "kernels", "csrc", "benchmarks", "examples", "tests", "docs", ".ci")
     inside = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     text = {".py", ".md", ".sh", ".toml", ".txt", ".in", ".yaml", "", *CPP}
     return sorted(

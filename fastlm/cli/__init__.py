@@ -17,10 +17,12 @@ from fastlm._errors import ArgumentError, UserError
 COMMANDS = {
     "demo": "train a small model on real text, sample from it and plot its next token",
     "train": "train a causal language model on your text",
+    "finetune": "train a Hugging Face model further, on examples",
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "next": "show the distribution of the next token",
-    "eval": "measure how well a model predicts a text",
+    "eval": "measure how well a model predicts a text, or finds labels",
+    "export": "write a run as others take it, an adapter merged into its model",
     "bench": "time the ops beside what else is installed",
     "doctor": "show versions, devices and backends, and test every kernel",
 }

@@ -14,7 +14,7 @@ from fastlm._errors import ArgumentError, check_text
 from fastlm.inference.completion import Completion, Reader, Score, StreamItem
 from fastlm.inference.generation_config import FolderSampling, chosen, read_sampling
 from fastlm.inference.next_token import NextToken
-from fastlm.model.checkpoint import ModelFileError
+from fastlm.model.checkpoint import CONFIG, ModelFileError
 from fastlm.model.generate import Generation, Request, check_prompt, new_tokens
 from fastlm.model.hub import model_folder
 from fastlm.model.quantize import WEIGHTS, quantize
@@ -24,6 +24,8 @@ from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.linear_logprobs import linear_logprobs
 
 TOKENIZER = "tokenizer.json"
+# of peft's layout
+ADAPTER = "adapter_config.json"
 
 
 class LanguageModel:
@@ -411,6 +413,10 @@ def load(
     if weights not in WEIGHTS:
         raise ArgumentError(f"load: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     folder = model_folder(source)
+    if (folder / ADAPTER).exists() and not (folder / CONFIG).exists():
+        raise ModelFileError(
+            f"{source}: holds an adapter; fastlm export {source} --merge makes a model folder of it"
+        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

@@ -12,6 +12,7 @@ from fastlm.model.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, M
 FILES = (
     *(CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, "model-*.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("adapter_config.json", "adapter_model.safetensors"),
 )
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -55,7 +56,10 @@ def _downloaded(name: str) -> Path:
         raise ModelFileError(f"{name}: no such folder, {reason}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         reason = "not in the cache of the Hugging Face hub, which is offline or out of reach"
-        raise ModelFileError(f"{name}: no such folder, and {reason}") from error
+        advice = (
+            f"where there is a network, hf download {name} --local-dir DIR makes a folder of it"
+        )
+        raise ModelFileError(f"{name}: no such folder, and {reason}; {advice}") from error
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelFileError(

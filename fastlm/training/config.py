@@ -7,16 +7,21 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from fastlm._errors import ArgumentError, check_text
 from fastlm.model.config import MAX_HEAD_DIM
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Tokenizer = Literal["bpe", "char"]
 Size = Literal["nano", "micro", "mini", "small"]
 OptimizerName = Literal["muon", "adamw"]
 Schedule = Literal["linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16"]
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 DEFAULT_VOCAB_SIZE = 1024
 """Of a BPE tokenizer."""
@@ -130,7 +135,7 @@ class TrainConfig:
     """What the samples in the report go on from. None: the opening of the held-out text."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types("train", self)
         _check_ranges(self)
         _check_together(self)
 
@@ -165,13 +170,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """Build from plain values; ConfigError for a name that is no field."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                near = difflib.get_close_matches(str(name), names, 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ConfigError(f"train: {name!r} is no setting{hint}")
-        return cls(**{name: _number_from_yaml(cls, name, value) for name, value in values.items()})
+        return built(cls, "train", values)
 
 
 class ResolvedConfig(TrainConfig):
@@ -229,7 +228,9 @@ _PRESETS: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class _Range:
+class Range:
+    """The numbers that a setting may be."""
+
     low: float
     high: float = math.inf
     low_excluded: bool = False
@@ -244,39 +245,44 @@ class _Range:
 
 
 _CHECKPOINT = re.compile(r"latest|step-\d{6,}(\.replaced)?")
-_AT_LEAST_1 = _Range(1)
+_AT_LEAST_1 = Range(1)
 _RANGES = {
-    "vocab_size": _Range(1, 2**31),
-    "validation": _Range(0, 0.5, low_excluded=True),
+    "vocab_size": Range(1, 2**31),
+    "validation": Range(0, 0.5, low_excluded=True),
     "num_hidden_layers": _AT_LEAST_1,
     "hidden_size": _AT_LEAST_1,
     "num_attention_heads": _AT_LEAST_1,
     "num_key_value_heads": _AT_LEAST_1,
     "intermediate_size": _AT_LEAST_1,
-    "rope_theta": _Range(0, low_excluded=True),
+    "rope_theta": Range(0, low_excluded=True),
     "context": _AT_LEAST_1,
     "short_context": _AT_LEAST_1,
-    "short_share": _Range(0, 1),
+    "short_share": Range(0, 1),
     "batch_size": _AT_LEAST_1,
     "grad_accumulation": _AT_LEAST_1,
     "steps": _AT_LEAST_1,
-    "lr": _Range(0, 10, low_excluded=True),
-    "embedding_lr": _Range(0, 10, low_excluded=True),
-    "weight_decay": _Range(0, 10),
-    "warmup": _Range(0),
-    "decay": _Range(0, 1),
-    "grad_clip": _Range(0),
+    "lr": Range(0, 10, low_excluded=True),
+    "embedding_lr": Range(0, 10, low_excluded=True),
+    "weight_decay": Range(0, 10),
+    "warmup": Range(0),
+    "decay": Range(0, 1),
+    "grad_clip": Range(0),
     "eval_every": _AT_LEAST_1,
     "eval_tokens": _AT_LEAST_1,
     "save_every": _AT_LEAST_1,
     "keep": _AT_LEAST_1,
     "log_every": _AT_LEAST_1,
-    "seed": _Range(0, 2**63 - 1),
+    "seed": Range(0, 2**63 - 1),
 }
 
 
-def _check_types(config: TrainConfig) -> None:
-    hints = get_type_hints(TrainConfig)
+def check_types(command: str, config: Any) -> None:
+    """Refuse values of a dataclass of settings that its annotations do not allow.
+
+    Raises:
+        ConfigError: There is one; the message begins with ``command`` and names it.
+    """
+    hints = get_type_hints(type(config))
     for name, hint in hints.items():
         value = getattr(config, name)
         kinds = get_args(hint) or (hint,)
@@ -284,18 +290,18 @@ def _check_types(config: TrainConfig) -> None:
             continue
         if choices := [kind for kind in kinds if isinstance(kind, str)]:
             if value not in choices:
-                raise _error(name, f"be one of {', '.join(choices)}", value)
+                raise setting_error(command, name, f"be one of {', '.join(choices)}", value)
         elif bool in kinds:
             if not isinstance(value, bool):
-                raise _error(name, "be true or false", value)
+                raise setting_error(command, name, "be true or false", value)
         elif int in kinds:
             if not isinstance(value, int) or isinstance(value, bool):
-                raise _error(name, "be a whole number", value)
+                raise setting_error(command, name, "be a whole number", value)
         elif float in kinds:
             if not isinstance(value, int | float) or isinstance(value, bool):
-                raise _error(name, "be a number", value)
+                raise setting_error(command, name, "be a number", value)
         elif not isinstance(value, str):
-            raise _error(name, "be text", value)
+            raise setting_error(command, name, "be text", value)
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -347,11 +353,30 @@ def _quarter(context: int) -> int:
     return next(divisors, context)
 
 
+def setting_error(command: str, name: str, requirement: str, value: object) -> ConfigError:
+    return ConfigError(f"{command}: {name} must {requirement}, got {value!r}")
+
+
 def _error(name: str, requirement: str, value: object) -> ConfigError:
-    return ConfigError(f"train: {name} must {requirement}, got {value!r}")
+    return setting_error("train", name, requirement, value)
 
 
-def _number_from_yaml(cls: type[TrainConfig], name: str, value: Any) -> Any:
+def built(kind: type[Settings], command: str, values: dict[str, Any]) -> Settings:
+    """A dataclass of settings from plain values, as they stand in a file.
+
+    Raises:
+        ConfigError: A name is no setting, or a value is wrong; the message begins with ``command``.
+    """
+    names = [f.name for f in dataclasses.fields(kind)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"{command}: {name!r} is no setting{hint}")
+    return kind(**{name: _number_from_yaml(kind, name, value) for name, value in values.items()})
+
+
+def _number_from_yaml(cls: type[Any], name: str, value: Any) -> Any:
     """YAML 1.1 reads 1e-3 (no point) as text; whoever writes it means a number."""
     if isinstance(value, str) and float in (hint := get_type_hints(cls)[name], *get_args(hint)):
         try:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastlm.training.config import ConfigError, TrainConfig
 
 CONFIG = "config.yaml"
 TOKENS = "tokens"
+
+
+class Plain(Protocol):
+    """Settings that can be told as plain values."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 def before_flags(file: str | None, *, out: str | None, resume: str | None) -> TrainConfig:
@@ -61,7 +67,7 @@ def read_config(path: str | Path) -> TrainConfig:
     return TrainConfig.from_dict(read_settings(path))
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path, command: str = "train") -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
@@ -78,7 +84,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             key = loader.construct_object(key_node)
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise ConfigError(f"train: {path}: {key!r} appears twice, again on line {line}")
+                raise ConfigError(f"{command}: {path}: {key!r} appears twice, again on line {line}")
             seen.add(key)
         return loader.construct_mapping(node)
 
@@ -86,19 +92,19 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(Path(path).read_text("utf-8-sig"), Loader)
     except OSError as error:
-        raise ConfigError(f"train: config {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{command}: config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"train: config {path} is not UTF-8 at byte {error.start}") from None
+        raise ConfigError(f"{command}: config {path} is not UTF-8 at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"train: config {path} is not YAML: {' '.join(str(error).split())}"
+            f"{command}: config {path} is not YAML: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"train: config {path} must hold 'name: value' lines")
+        raise ConfigError(f"{command}: config {path} must hold 'name: value' lines")
     return values
 
 
-def write_config(config: TrainConfig, path: str | Path) -> None:
+def write_config(config: Plain, path: str | Path) -> None:
     """Write every setting, in the order of the fields."""
     import yaml
 

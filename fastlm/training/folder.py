@@ -194,8 +194,8 @@ def _check_prompt(tokenizer: Tokenizer, config: ResolvedConfig) -> None:
         )
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers of a run depend on, beside its configuration."""
+def environment(*also: str) -> dict[str, Any]:
+    """What the numbers of a run depend on, beside its configuration; ``also`` names packages."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -209,7 +209,7 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "packages": {
             name: metadata.version(name)
-            for name in ("fastlm", "torch", "numpy", "safetensors", "tokenizers")
+            for name in ("fastlm", "torch", "numpy", "safetensors", "tokenizers", *also)
         },
     }
 

@@ -1,0 +1,131 @@
+"""The files of a fine-tuning run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastlm.finetuning.config import COMMAND, FinetuneConfig
+from fastlm.finetuning.pretrained import without_bars
+from fastlm.training.config import ConfigError
+from fastlm.training.config_file import CONFIG, read_settings, write_config
+from fastlm.training.folder import RunFolder, environment
+
+SUMMARY = "finetune.json"
+# what a run writes, and nothing that somebody put beside it
+_WRITTEN = (
+    "adapter_*", "model*.safetensors", "model.safetensors.index.json", "config.json",
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja",
+    "metrics.jsonl", "report.md", "env.json", SUMMARY,
+)  # fmt: skip
+
+# what a run cannot change when it goes on
+FIXED = (
+    "model", "method", "lora_r", "lora_alpha", "lora_dropout", "last_n_layers", "text_column",
+    "label_column", "label_prompt", "validation", "max_length", "epochs", "steps", "batch_size",
+    "seed",
+)  # fmt: skip
+
+
+def read_run(out: str | Path) -> FinetuneConfig:
+    """The settings of the run in a folder, to go on with it.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    file = Path(out) / CONFIG
+    if not file.exists():
+        raise ConfigError(f"{COMMAND}: out must hold the run to resume, got {out} without one")
+    return FinetuneConfig.from_dict(
+        {**read_settings(file, COMMAND), "resume": True, "out": str(out)}
+    )
+
+
+def check_out(config: FinetuneConfig) -> None:
+    """Refuse an ``out`` that does not suit the run, before anything else is done.
+
+    Raises:
+        ConfigError: It is no folder, or holds a run; or to go on with that, a setting is another.
+    """
+    path = Path(config.out)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{COMMAND}: out must be a folder, got the file {path}")
+    if config.resume:
+        before = read_run(path)
+        for name in FIXED:
+            old, new = getattr(before, name), getattr(config, name)
+            if old != new:
+                raise ConfigError(f"{COMMAND}: {name} must stay {old!r} to resume, got {new!r}")
+    elif (path / CONFIG).exists() and not config.overwrite:
+        raise ConfigError(
+            f"{COMMAND}: out must be a folder without a run, got {path}; go on with that run by "
+            "resume, replace it by overwrite, or name another folder"
+        )
+    elif path.is_dir() and Path(config.model).is_dir() and path.samefile(config.model):
+        raise ConfigError(f"{COMMAND}: out must be another folder than the model's, got {path}")
+
+
+def start(config: FinetuneConfig) -> RunFolder:
+    """Make the folder, or clear it of the run that was there."""
+    folder = RunFolder(config.out)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        folder.config.unlink(missing_ok=True)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        for pattern in _WRITTEN:
+            for path in folder.path.glob(pattern):
+                path.unlink()
+    also = ("transformers", "peft") if config.method == "lora" else ("transformers",)
+    folder.write_json("env.json", environment(*also))
+    write_config(_without_resume(config), folder.config)
+    return folder
+
+
+def _without_resume(config: FinetuneConfig) -> FinetuneConfig:
+    values = {**config.to_dict(), "resume": False, "overwrite": False}
+    return FinetuneConfig.from_dict(values)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which then take their places in ``folder``, whole each.
+
+    Until all are written and on the disk, those that were there stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / ".new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        written = sorted(fresh.iterdir())
+        for path in (*written, fresh):
+            _sync(path)
+        for path in written:
+            os.replace(path, folder / path.name)
+        _sync(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """An adapter in peft's layout, or a whole model in Hugging Face's, with its tokenizer."""
+    with replacing(folder) as fresh, without_bars():
+        model.save_pretrained(fresh)  # type: ignore[operator]
+        tokenizer.save_pretrained(fresh)
+        # peft's form of a model card, with nothing filled in
+        (fresh / "README.md").unlink(missing_ok=True)
