@@ -17,7 +17,6 @@ import functools
 import importlib.util
 import io
 import multiprocessing
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -27,7 +26,9 @@ import torch
 from torch import nn
 
 import fastlm
-from fastlm.benchmarks import _harness, _report
+from fastlm.benchmarks import _report
+from fastlm.benchmarks._memory import extra_peak_mib
+from fastlm.benchmarks._timing import measure_ceilings, percentiles, timed
 
 PROVIDERS = ("transformers", "fastlm", "liger")
 OP = "hf_training"
@@ -125,12 +126,12 @@ def measure_times(
     times: dict[str, list[float]] = {provider: [] for provider in providers}
     for _ in range(rounds):
         for provider, step in steps.items():
-            times[provider].append(1e3 * _harness.timed(step, device))
+            times[provider].append(1e3 * timed(step, device))
     return {provider: _quantiles(found) for provider, found in times.items()}
 
 
 def _quantiles(times: list[float]) -> dict[str, float]:
-    p20, p50, p80 = statistics.quantiles(times, n=10, method="inclusive")[1::3]
+    p20, p50, p80 = percentiles(times)
     return {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80}
 
 
@@ -154,7 +155,7 @@ def _peak(
     if mode != "step":
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter).add_(0)  # touched: the pages are there
-    return _harness.extra_peak_mib(functools.partial(_twice, step), device)
+    return extra_peak_mib(functools.partial(_twice, step), device)
 
 
 def _twice(step: Callable[[], float]) -> None:
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         found.append(row)
     if options.out:
         dtype = getattr(torch, options.dtype)
-        ceilings = _harness.measure_ceilings(options.device, [dtype])
+        ceilings = measure_ceilings(options.device, [dtype])
         env = _report.environment(options.device, ceilings)
         _report.save(options.out / "hf_training.json", env, found)
 
