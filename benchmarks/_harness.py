@@ -149,8 +149,7 @@ def registered(op: str) -> Benchmark:
 
 def run_case(
     bench: Benchmark, case: Case, problem: Problem, mode: str, dtype: torch.dtype, device: str,
-    ceilings: Ceilings, *, wanted: Iterable[str], seconds: float = 2.0, least: int = 5,
-    baseline: str | None = None,
+    ceilings: Ceilings, *, wanted: Iterable[str], seconds: float = 2.0, baseline: str | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row for each of ``wanted``.
 
@@ -206,7 +205,7 @@ def run_case(
     start = time.perf_counter()
     peaks = {name: extra_peak_mib(prepare(), device) for name, prepare in calls.items()}
     is_long = time.perf_counter() - start > LONG * len(calls)
-    times = interleaved(calls, device, seconds, least=least, is_long=is_long)
+    times = interleaved(calls, device, seconds, is_long=is_long)
     baseline = baseline or next(iter(case.providers))
     gains = speedups(times, baseline) if baseline in times else {}
     for name, samples in times.items():

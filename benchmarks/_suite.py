@@ -32,10 +32,8 @@ DIED = "ended the process"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fewer of others in a quick run show nothing.
 LEAST_FOREIGN = 4
-# Of a case, for all its rounds; and how many there are at least: speedups of few rounds differ from
-# run to run by more than those of many.
-SECONDS = {"quick": 0.7, "full": 2.0, "gpu": 2.0}
-LEAST = {"quick": 15, "full": 5, "gpu": 5}
+# Of a case, for all its rounds.
+SECONDS = {"quick": 0.4, "full": 2.0, "gpu": 2.0}
 QUICK_MODES = ("fwd", "fwd_bwd")
 # Flags of the whole models in a quick run.
 QUICK_MODELS = {
@@ -135,8 +133,7 @@ class _Run:
                 wanted = [stub["provider"] for stub in missing if stub["mode"] == mode]
                 for row in _harness.run_case(
                     bench, case, problem, mode, self._dtype, device, self._ceilings, wanted=wanted,
-                    seconds=SECONDS[options.suite], least=LEAST[options.suite],
-                    baseline=options.baseline,
+                    seconds=SECONDS[options.suite], baseline=options.baseline,
                 ):  # fmt: skip
                     if "samples" in row:
                         samples[_key(row)] = row.pop("samples")

@@ -75,10 +75,9 @@ def _flush_buffer() -> Tensor:
 
 
 def interleaved(
-    calls: dict[str, Prepare], device: str, seconds: float, *, least: int, is_long: bool
+    calls: dict[str, Prepare], device: str, seconds: float, *, is_long: bool
 ) -> dict[str, list[float]]:
-    """Milliseconds per call, round by round, so that drift falls on all alike: ``least`` rounds,
-    three of long calls, and more until ``seconds`` are over.
+    """Milliseconds per call, round by round, so that drift falls on all alike.
 
     Each round in another order: what a call leaves in caches and heap is the next one's to pay.
     """
@@ -86,7 +85,7 @@ def interleaved(
     for prepare in () if is_long else calls.values():
         for _ in range(2):
             timed(prepare(), device)
-    least = 3 if is_long else least
+    least = 3 if is_long else 5
     order, shuffle = list(calls), random.Random(0).shuffle
     start, rounds = time.perf_counter(), 0
     while calls and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
