@@ -240,7 +240,10 @@ def _plain_logs(*axis: XAxis | YAxis) -> None:
     """Numbers as one writes them, at 1, 2 and 5 times powers of ten."""
     for each in axis:
         each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        each.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+        # short enough to stand beside each other over four decades
+        each.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:.10g}")
+        )
         each.set_minor_formatter(NullFormatter())
 
 
