@@ -48,6 +48,22 @@ def test_is_as_accurate_as_torch(shape, head_dim, dtype):
 
 
 @pytest.mark.parametrize("head_dim", gluon_tuning.FORWARD)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_its_lse_and_out_serve_the_backward(shape, head_dim):
+    def gradients(backend, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in inputs_of(shape, head_dim)]
+        out = fastlm.causal_attention(*inputs, backend=backend)
+        generator = torch.Generator("cuda").manual_seed(1)
+        dout = torch.randn(out.shape, device="cuda", generator=generator).bfloat16().to(dtype)
+        return torch.autograd.grad(out, inputs, dout)
+
+    got = gradients("gluon", torch.bfloat16)
+    plain, truth = gradients("torch", torch.bfloat16), gradients("reference", torch.float64)
+    for name, x, one, true in zip(("dquery", "dkey", "dvalue"), got, plain, truth, strict=True):
+        assert_as_accurate(name, x, plain=one, truth=true)
+
+
+@pytest.mark.parametrize("head_dim", gluon_tuning.FORWARD)
 def test_heads_of_one_projection_are_read_where_they_are(head_dim):
     joint = torch.randn(2, 300, 8, head_dim, device="cuda", dtype=torch.bfloat16)
     query, key, value = joint.split((4, 2, 2), dim=2)

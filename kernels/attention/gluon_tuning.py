@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,9 @@ class Plan:
         copy_registers: Of the copying warp's.
         num_warps: Of a consumer.
         num_stages: Of loops that Triton pipelines, of which there are none.
-        proven: Path from the repository root of the result file in which a GPU ran this row: then
-            ``triton`` and ``auto`` use it.  None while ``backend="gluon"`` alone does.
+        proven: Of each dtype in which a GPU ran this row, the path from the repository root of the
+            file with the result: then ``triton`` and ``auto`` use it.  In others
+            ``backend="gluon"`` alone does.
     """
 
     block_m: int
@@ -29,7 +33,7 @@ class Plan:
     copy_registers: int = 24
     num_warps: int = 4
     num_stages: int = 1
-    proven: str | None = None
+    proven: Mapping[torch.dtype, str] = field(default_factory=dict)
 
 
 # by head_dim, which is that of queries, keys and values
@@ -40,6 +44,6 @@ FORWARD = {
 }
 
 
-def is_proven(head_dim: int) -> bool:
+def is_proven(head_dim: int, dtype: torch.dtype) -> bool:
     row = FORWARD.get(head_dim)
-    return row is not None and row.proven is not None
+    return row is not None and dtype in row.proven

@@ -74,7 +74,7 @@ def forward(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if gluon_tuning.is_proven(query.shape[-1]):
+    if gluon_tuning.is_proven(query.shape[-1], query.dtype):
         # here and not above: it imports what is for Hopper alone
         from . import gluon
 
