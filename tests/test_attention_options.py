@@ -95,7 +95,11 @@ def test_all_options_in_any_dtype(device, backend, dtype, last):
 
 
 @pytest.mark.parametrize("backend", [*KERNELS, "cuda"])
-@pytest.mark.parametrize("lengths", [(40, 40), (20, 50), (50, 20), (1, 40)], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [(40, 40), (20, 50), pytest.param((50, 20), marks=pytest.mark.slow), (1, 40)],
+    ids=str,
+)
 def test_windows_of_any_size(device, backend, lengths):
     windows = (1, 2, 15, 16, 17, 33, 39, 40, 1000)
     cases = [attention_inputs(*sizes(*lengths), device=device, seed=w) for w in windows]
@@ -318,7 +322,7 @@ def test_queries_that_see_a_sink_alone(device, backend):
 # in random directions first: all of the Jacobian takes a minute in the interpreter
 @pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
-@pytest.mark.parametrize("last", ["packed", "padded"])
+@pytest.mark.parametrize("last", [pytest.param("packed", marks=pytest.mark.slow), "padded"])
 def test_gradients_are_those_of_the_function(device, backend, fast, last):
     block = 16 if device == "cuda" else 2
     count = 3 * block

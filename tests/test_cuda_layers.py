@@ -74,7 +74,7 @@ def results(name: str, inputs: dict[str, Tensor]) -> list[Tensor]:
     return CASES[name].run(DOORS[CASES[name].op], inputs)
 
 
-@pytest.mark.parametrize("variant", ["plain", "asan"])
+@pytest.mark.parametrize("variant", ["plain", pytest.param("asan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", ["rms_norm", "rotary", "glu"])
 def test_stays_inside_its_blocks_of_memory(op, variant):
     for order in ("forward", "random"):
