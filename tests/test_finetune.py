@@ -18,6 +18,7 @@ import fastlm
 from fastlm.cli import FAILED, USAGE, main
 from fastlm.finetuning.batches import Layout, chunks
 from fastlm.finetuning.examples import Example
+from fastlm.finetuning.folder import write_model
 from fastlm.finetuning.measure import label_logprobs, loss_sum, measure, next_token
 from fastlm.finetuning.methods import changes, fingerprints, prepare
 from fastlm.training.checkpoint import load_latest
@@ -342,6 +343,40 @@ def test_what_a_user_can_put_right_is_one_line(folder, tmp_path, capsys):
         assert said in lines[0]
         # nothing was begun
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_no_run_are_not_replaced(folder, tmp_path, overwrite):
+    """Another model, and a run of another program."""
+    for name in ("config.json", "checkpoints/step-1.bin", "report.md", "tokenizer/mine.txt"):
+        theirs = tmp_path / name
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("mine")
+        with pytest.raises(ConfigError, match="of the names that a run writes, got .* holds c"):
+            tune(folder, tmp_path, steps=1, overwrite=overwrite)
+        assert theirs.read_text() == "mine"
+    if overwrite:
+        (tmp_path / "config.yaml").write_text("layers: 3\n")
+        with pytest.raises(ConfigError, match="holds checkpoints, config.json, config.yaml, ..."):
+            tune(folder, tmp_path, steps=1, overwrite=True)
+
+
+def test_a_run_is_replaced_and_what_is_beside_it_stays(folder, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/mine.txt").write_text("mine")
+    tune(folder, tmp_path, steps=1, method="lora")
+    result = tune(folder, tmp_path, steps=1, overwrite=True, method="head")
+    assert result.steps == 1
+    assert not list(tmp_path.glob("adapter_*"))
+    assert (tmp_path / "tokenizer/mine.txt").read_text() == "mine"
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_again(tmp_path):
+    tokenizer = hf_folders.tokenizer({"default": hf_folders.TEMPLATE, "tools": "{{ messages }}"})
+    model = hf_zoo.build("llama")
+    for _ in range(2):
+        write_model(model, tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.glob("additional_chat_templates/*")] == ["tools.jinja"]
 
 
 def test_weights_that_a_file_lacks_are_not_made_up(folder, tmp_path, capsys):
