@@ -352,12 +352,12 @@ def test_files_of_no_run_are_not_replaced(folder, tmp_path, overwrite):
         theirs = tmp_path / name
         theirs.parent.mkdir(exist_ok=True)
         theirs.write_text("mine")
-        with pytest.raises(ConfigError, match="of the names that a run writes, got .* holds c"):
+        with pytest.raises(ConfigError, match=r"of the names that a run writes, got .* holds c"):
             tune(folder, tmp_path, steps=1, overwrite=overwrite)
         assert theirs.read_text() == "mine"
     if overwrite:
         (tmp_path / "config.yaml").write_text("layers: 3\n")
-        with pytest.raises(ConfigError, match="holds checkpoints, config.json, config.yaml, ..."):
+        with pytest.raises(ConfigError, match=r"holds checkpoints, config\.json, config\.yaml, \."):
             tune(folder, tmp_path, steps=1, overwrite=True)
 
 
