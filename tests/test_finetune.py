@@ -16,6 +16,7 @@ from support.hf_zoo import OpLog
 
 import fastlm
 from fastlm.cli import FAILED, USAGE, main
+from fastlm.finetuning import loop
 from fastlm.finetuning.batches import Layout, chunks
 from fastlm.finetuning.examples import Example
 from fastlm.finetuning.folder import write_model
@@ -23,6 +24,7 @@ from fastlm.finetuning.measure import label_logprobs, loss_sum, measure, next_to
 from fastlm.finetuning.methods import changes, fingerprints, prepare
 from fastlm.training.checkpoint import load_latest
 from fastlm.training.config import ConfigError
+from fastlm.training.loop import NonFiniteError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -159,6 +161,30 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_weights(
     assert [json.loads(row)["step"] for row in rows][-1] == 8
 
 
+def test_a_run_that_was_killed_before_it_saved_begins_anew(folder, tmp_path):
+    def killed(step: int) -> None:
+        raise MemoryError
+
+    options = {"steps": 2, "log_every": 1}
+    with pytest.raises(MemoryError):
+        tune(folder, tmp_path / "run", on_step=killed, **options)
+    tune(folder, tmp_path / "run", resume=True, **options)
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("save_every", [None, 1])
+def test_a_loss_that_is_not_finite_says_what_is_saved(folder, tmp_path, monkeypatch, save_every):
+    def lost(step: int) -> None:
+        monkeypatch.setattr(
+            loop, "loss_sum", lambda *_: torch.tensor(torch.nan, requires_grad=True)
+        )
+
+    said = "nothing was saved before" if save_every is None else "what was saved before is in"
+    with pytest.raises(NonFiniteError, match=f"step 2: the loss is nan; .*{said}"):
+        tune(folder, tmp_path / "run", steps=3, save_every=save_every, on_step=lost)
+
+
 def test_every_epoch_has_every_row_once_in_another_order(folder, tmp_path, monkeypatch):
     trained: list[Example] = []
     batch = Layout.batch
@@ -184,6 +210,12 @@ def test_a_run_is_resumed_with_its_own_data_only(folder, tmp_path):
     data.write_text(data.read_text().replace("animal", "beast"))
     with pytest.raises(ConfigError, match="data must be the same files"):
         tune(folder, tmp_path / "run", resume=True, **options)
+    # and a refusal leaves the run as it was
+    before = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "other.csv").write_text(data.read_text())
+    with pytest.raises(ConfigError, match="data must be the same files"):
+        tune(folder, tmp_path / "run", resume=True, **{**options, "data": f"{tmp_path}/other.csv"})
+    assert (tmp_path / "run/config.yaml").read_text() == before
     with pytest.raises(ConfigError, match="steps must stay 1 to resume, got 2"):
         tune(folder, tmp_path / "run", resume=True, **{**options, "steps": 2})
 

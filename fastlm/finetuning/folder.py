@@ -80,9 +80,8 @@ def check_out(config: FinetuneConfig) -> None:
         )
 
 
-def start(config: FinetuneConfig) -> RunFolder:
+def start(config: FinetuneConfig, folder: RunFolder) -> None:
     """Make the folder, or clear it of the run that :func:`check_out` has found there."""
-    folder = RunFolder(config.out)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not config.resume:
         for path in _written(folder.path):
@@ -94,7 +93,6 @@ def start(config: FinetuneConfig) -> RunFolder:
     write_config(_without_resume(config), folder.config)
     also = ("transformers", "peft") if config.method == "lora" else ("transformers",)
     folder.write_json("env.json", environment(*also))
-    return folder
 
 
 def _is_run(path: Path) -> bool:
