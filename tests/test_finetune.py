@@ -80,7 +80,7 @@ def test_learns_labels_and_says_so(folder, tmp_path, capsys):
     assert "causal_attention in 2 layers; loss fused with the last layer" in report
     assert "examples packed into one row" in report
     assert "accuracy 100.0%" in said
-    assert said.splitlines()[-1] == f"  fastlm eval {out} --data {folder / 'rows.csv'}"
+    assert "fastlm eval" not in said  # of rows that it was trained on
     # a model folder like any other
     assert fastlm.load(out).next_token("1 cat\nlabel:", top_k=1).probs[0] > 0.5
 
@@ -366,6 +366,8 @@ def test_what_a_user_can_put_right_is_one_line(folder, tmp_path, capsys):
         (USAGE, "max_length must be at most 64", llama, "--data", rows, *out, "--max-length", 65),
         (USAGE, "last_n_layers must be at most 2, the model's blocks, got 3", llama, "--data", rows,
          *out, "--method", "last-n-layers", "--last-n-layers", 3),
+        (USAGE, "device must be one of this machine's", llama, "--data", rows, *out, "--device",
+         "cuda:99"),
         (USAGE, "did you mean --method?", llama, "--data", rows, "--metod", "lora"),
         (USAGE, "must hold the run to resume", "--out", tmp_path / "out", "--resume"),
     ):  # fmt: skip
@@ -428,7 +430,22 @@ def test_settings_in_a_file(folder, tmp_path, capsys):
     file = tmp_path / "settings.yaml"
     file.write_text(f"model: {folder / 'llama'}\ndata: {folder / 'rows.csv'}\nsteps: 1\nlr: 1e-2\n")
     out = tmp_path / "run"
-    assert cli(capsys, "finetune", "--config", file, "--out", out, "--method", "head")[0] == 0
+    words = ("finetune", "--config", file, "--out", out, "--method", "head")
+    validation = tmp_path / "other rows.csv"
+    validation.write_text((folder / "rows.csv").read_text())
+    code, said, _ = cli(capsys, *words, "--validation-data", validation)
+    assert code == 0
+    assert said.splitlines()[-2:] == ["go on with:", f"  fastlm eval {out} --data '{validation}'"]
+    # a run that goes on takes from it what the file does not say
+    file.write_text("log_every: 3\nlr: 2e-2\n")
+    assert cli(capsys, "finetune", "--config", file, "--out", out, "--resume")[0] == 0
+    settings = (out / "config.yaml").read_text()
+    assert "log_every: 3\n" in settings
+    assert "lr: 0.02\n" in settings
+    assert "method: head\n" in settings
+    file.write_text(f"out: {out}\nresume: true\nsteps: 2\n")
+    said = cli(capsys, "finetune", "--config", file)[2]
+    assert "steps must stay 1 to resume, got 2" in said
     file.write_text("data: x\n")
     assert "must name the model" in cli(capsys, "finetune", "--config", file)[2]
     file.write_text("model: x\ndata: x\nmetod: lora\n")

@@ -85,6 +85,7 @@ def finetune(
         OSError: The run folder cannot be written.
     """
     folders.check_out(config)
+    device = device_of(config.device)
     source = locate(config.model)
     if source.is_adapter:
         raise ConfigError(
@@ -92,7 +93,6 @@ def finetune(
             f"fastlm export {config.model} --merge makes one of it"
         )
     rows, held_out, data_hash = _read(config, source)
-    device = device_of(config.device)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)
