@@ -17,6 +17,7 @@ from support.hf_zoo import OpLog
 import fastlm
 from fastlm.cli import FAILED, USAGE, main
 from fastlm.finetuning import loop
+from fastlm.finetuning import measure as measuring
 from fastlm.finetuning.batches import Layout, chunks
 from fastlm.finetuning.examples import Example
 from fastlm.finetuning.folder import write_model
@@ -321,6 +322,24 @@ def test_measuring_leaves_modes_and_gives_no_logits_but_those_asked_for(folder):
 def test_chunks_are_in_order_and_small():
     assert [list(c) for c in chunks("abcde", [3, 3, 9, 1, 1], 6)] == [["a", "b"], ["c"], ["d", "e"]]
     assert list(chunks([], [], 6)) == []
+    # two ones beside the three are padded to it
+    found = [list(c) for c in chunks("abcdef", [3, 1, 1, 1, 1, 9], 6, padded=True)]
+    assert found == [["a", "b"], ["c", "d", "e"], ["f"]]
+
+
+def test_what_is_padded_is_measured_in_parts_that_count_the_padding(monkeypatch):
+    sizes = []
+    layout = Layout(hf_zoo.build("mamba"))
+    layout.model.register_forward_pre_hook(
+        lambda m, args, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    monkeypatch.setattr(measuring, "TOKENS", 24)
+    lengths = (3, 3, 12, 3, 3, 3)
+    examples = [
+        Example(tuple(range(3, 3 + n)), (False,) + (True,) * (n - 1), n - 1, 0) for n in lengths
+    ]
+    measure(layout, examples, labels=[(7,), (8, 9, 10)])
+    assert max(sizes) <= 24
 
 
 @pytest.mark.slow
@@ -411,6 +430,26 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_again(tmp_path):
     for _ in range(2):
         write_model(model, tokenizer, tmp_path)
     assert [path.name for path in tmp_path.glob("additional_chat_templates/*")] == ["tools.jinja"]
+
+
+def test_a_tokenizer_that_begins_and_ends_no_text(folder, tmp_path, capsys):
+    import shutil
+
+    model, rows = tmp_path / "llama", tmp_path / "rows.jsonl"
+    shutil.copytree(folder / "llama", model)
+    tokenizer = hf_folders.tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    words = ("finetune", model, "--data", rows, "--out", tmp_path / "run", "--steps", 1)
+    rows.write_text(4 * '{"prompt": "", "completion": "the cat"}\n')
+    code, _, err = cli(capsys, *words)
+    assert code == FAILED
+    assert "rows.jsonl:1: prompt must not be empty: the tokenizer has no token" in err
+    rows.write_text(4 * '{"prompt": "on", "completion": "the cat"}\n')
+    assert "finetune: prompt must not be empty" in cli(capsys, *words, "--prompt", "")[2]
+    code, said, _ = cli(capsys, *words)
+    assert code == 0
+    assert "no end is learned" in said
 
 
 def test_weights_that_a_file_lacks_are_not_made_up(folder, tmp_path, capsys):

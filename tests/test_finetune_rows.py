@@ -214,6 +214,13 @@ def test_what_nothing_comes_before_is_not_learned(tmp_path, tokenizer):
     assert found.learned == (False, *[True] * (len(found.ids) - 1))
 
 
+def test_an_answer_of_one_token_that_nothing_comes_before_is_refused(tmp_path, tokenizer):
+    bare = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = {"messages": [{"role": "assistant", "content": "cat"}]}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: nothing comes before its one token"):
+        Encoder(tokenizer, 64).encode(read(tmp_path, [row], template=bare).rows[0])
+
+
 def test_a_long_prompt_loses_its_beginning_and_never_its_answer(tmp_path, tokenizer):
     row = {"prompt": "x" * 40 + "yz", "completion": "cat"}
     encoder, (found,) = encoded(tmp_path, tokenizer, [row], max_length=6)

@@ -151,6 +151,8 @@ class _Run:
             self.notes.append(f"{shortened:,} rows lost the beginning of their prompt")
         if split:
             self.notes.append(f"{split:,} texts became several examples")
+        if not self.encoder.end and not rows.rows[0].spelled:
+            self.notes.append("no end is learned: the tokenizer has no token that ends a text")
         self.data = _described(rows, held_out, len(chosen))
         self.guess = _guess(chosen)
         self.prompt = _prompt(config, chosen)
