@@ -167,6 +167,16 @@ def test_rows_are_read_as_they_were_for_the_run(folder, capsys):
     assert found["labels"]["animal"]["rows"] == 12
 
 
+def test_eval_tells_what_it_does_not_read(folder, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,kind\nthe cat,animal\n")
+    code, said, _ = cli(capsys, "eval", folder / "llama", "--data", rows)
+    assert (code, "only the field text is read, not kind" in said) == (0, True)
+    code, said, err = cli(capsys, "eval", folder / "llama", "--data", rows, "--label-column", "no")
+    assert (code, said) == (FAILED, "")
+    assert "must have the field 'no' of --label-column, got 'text', 'kind'" in err
+
+
 def test_accuracy_is_by_the_likeliest_label(folder):
     """As one computes it by hand, row by row."""
     model = opened(folder / "llama").eval()
