@@ -16,12 +16,16 @@ from support.hf_zoo import OpLog
 
 import fastlm
 from fastlm.cli import FAILED, USAGE, main
+from fastlm.finetuning import loop
+from fastlm.finetuning import measure as measuring
 from fastlm.finetuning.batches import Layout, chunks
 from fastlm.finetuning.examples import Example
+from fastlm.finetuning.folder import write_model
 from fastlm.finetuning.measure import label_logprobs, loss_sum, measure, next_token
 from fastlm.finetuning.methods import changes, fingerprints, prepare
 from fastlm.training.checkpoint import load_latest
 from fastlm.training.config import ConfigError
+from fastlm.training.loop import NonFiniteError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -77,7 +81,7 @@ def test_learns_labels_and_says_so(folder, tmp_path, capsys):
     assert "causal_attention in 2 layers; loss fused with the last layer" in report
     assert "examples packed into one row" in report
     assert "accuracy 100.0%" in said
-    assert said.splitlines()[-1] == f"  fastlm eval {out} --data {folder / 'rows.csv'}"
+    assert "fastlm eval" not in said  # of rows that it was trained on
     # a model folder like any other
     assert fastlm.load(out).next_token("1 cat\nlabel:", top_k=1).probs[0] > 0.5
 
@@ -158,6 +162,30 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_weights(
     assert [json.loads(row)["step"] for row in rows][-1] == 8
 
 
+def test_a_run_that_was_killed_before_it_saved_begins_anew(folder, tmp_path):
+    def killed(step: int) -> None:
+        raise MemoryError
+
+    options = {"steps": 2, "log_every": 1}
+    with pytest.raises(MemoryError):
+        tune(folder, tmp_path / "run", on_step=killed, **options)
+    tune(folder, tmp_path / "run", resume=True, **options)
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("save_every", [None, 1])
+def test_a_loss_that_is_not_finite_says_what_is_saved(folder, tmp_path, monkeypatch, save_every):
+    def lost(step: int) -> None:
+        monkeypatch.setattr(
+            loop, "loss_sum", lambda *_: torch.tensor(torch.nan, requires_grad=True)
+        )
+
+    said = "nothing was saved before" if save_every is None else "what was saved before is in"
+    with pytest.raises(NonFiniteError, match=f"step 2: the loss is nan; .*{said}"):
+        tune(folder, tmp_path / "run", steps=3, save_every=save_every, on_step=lost)
+
+
 def test_every_epoch_has_every_row_once_in_another_order(folder, tmp_path, monkeypatch):
     trained: list[Example] = []
     batch = Layout.batch
@@ -183,6 +211,12 @@ def test_a_run_is_resumed_with_its_own_data_only(folder, tmp_path):
     data.write_text(data.read_text().replace("animal", "beast"))
     with pytest.raises(ConfigError, match="data must be the same files"):
         tune(folder, tmp_path / "run", resume=True, **options)
+    # and a refusal leaves the run as it was
+    before = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "other.csv").write_text(data.read_text())
+    with pytest.raises(ConfigError, match="data must be the same files"):
+        tune(folder, tmp_path / "run", resume=True, **{**options, "data": f"{tmp_path}/other.csv"})
+    assert (tmp_path / "run/config.yaml").read_text() == before
     with pytest.raises(ConfigError, match="steps must stay 1 to resume, got 2"):
         tune(folder, tmp_path / "run", resume=True, **{**options, "steps": 2})
 
@@ -288,6 +322,24 @@ def test_measuring_leaves_modes_and_gives_no_logits_but_those_asked_for(folder):
 def test_chunks_are_in_order_and_small():
     assert [list(c) for c in chunks("abcde", [3, 3, 9, 1, 1], 6)] == [["a", "b"], ["c"], ["d", "e"]]
     assert list(chunks([], [], 6)) == []
+    # two ones beside the three are padded to it
+    found = [list(c) for c in chunks("abcdef", [3, 1, 1, 1, 1, 9], 6, padded=True)]
+    assert found == [["a", "b"], ["c", "d", "e"], ["f"]]
+
+
+def test_what_is_padded_is_measured_in_parts_that_count_the_padding(monkeypatch):
+    sizes = []
+    layout = Layout(hf_zoo.build("mamba"))
+    layout.model.register_forward_pre_hook(
+        lambda m, args, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    monkeypatch.setattr(measuring, "TOKENS", 24)
+    lengths = (3, 3, 12, 3, 3, 3)
+    examples = [
+        Example(tuple(range(3, 3 + n)), (False,) + (True,) * (n - 1), n - 1, 0) for n in lengths
+    ]
+    measure(layout, examples, labels=[(7,), (8, 9, 10)])
+    assert max(sizes) <= 24
 
 
 @pytest.mark.slow
@@ -333,6 +385,8 @@ def test_what_a_user_can_put_right_is_one_line(folder, tmp_path, capsys):
         (USAGE, "max_length must be at most 64", llama, "--data", rows, *out, "--max-length", 65),
         (USAGE, "last_n_layers must be at most 2, the model's blocks, got 3", llama, "--data", rows,
          *out, "--method", "last-n-layers", "--last-n-layers", 3),
+        (USAGE, "device must be one of this machine's", llama, "--data", rows, *out, "--device",
+         "cuda:99"),
         (USAGE, "did you mean --method?", llama, "--data", rows, "--metod", "lora"),
         (USAGE, "must hold the run to resume", "--out", tmp_path / "out", "--resume"),
     ):  # fmt: skip
@@ -342,6 +396,60 @@ def test_what_a_user_can_put_right_is_one_line(folder, tmp_path, capsys):
         assert said in lines[0]
         # nothing was begun
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_no_run_are_not_replaced(folder, tmp_path, overwrite):
+    """Another model, and a run of another program."""
+    for name in ("config.json", "checkpoints/step-1.bin", "report.md", "tokenizer/mine.txt"):
+        theirs = tmp_path / name
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("mine")
+        with pytest.raises(ConfigError, match=r"of the names that a run writes, got .* holds c"):
+            tune(folder, tmp_path, steps=1, overwrite=overwrite)
+        assert theirs.read_text() == "mine"
+    if overwrite:
+        (tmp_path / "config.yaml").write_text("layers: 3\n")
+        with pytest.raises(ConfigError, match=r"holds checkpoints, config\.json, config\.yaml, \."):
+            tune(folder, tmp_path, steps=1, overwrite=True)
+
+
+def test_a_run_is_replaced_and_what_is_beside_it_stays(folder, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/mine.txt").write_text("mine")
+    tune(folder, tmp_path, steps=1, method="lora")
+    result = tune(folder, tmp_path, steps=1, overwrite=True, method="head")
+    assert result.steps == 1
+    assert not list(tmp_path.glob("adapter_*"))
+    assert (tmp_path / "tokenizer/mine.txt").read_text() == "mine"
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_again(tmp_path):
+    tokenizer = hf_folders.tokenizer({"default": hf_folders.TEMPLATE, "tools": "{{ messages }}"})
+    model = hf_zoo.build("llama")
+    for _ in range(2):
+        write_model(model, tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.glob("additional_chat_templates/*")] == ["tools.jinja"]
+
+
+def test_a_tokenizer_that_begins_and_ends_no_text(folder, tmp_path, capsys):
+    import shutil
+
+    model, rows = tmp_path / "llama", tmp_path / "rows.jsonl"
+    shutil.copytree(folder / "llama", model)
+    tokenizer = hf_folders.tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    words = ("finetune", model, "--data", rows, "--out", tmp_path / "run", "--steps", 1)
+    rows.write_text(4 * '{"prompt": "", "completion": "the cat"}\n')
+    code, _, err = cli(capsys, *words)
+    assert code == FAILED
+    assert "rows.jsonl:1: prompt must not be empty: the tokenizer has no token" in err
+    rows.write_text(4 * '{"prompt": "on", "completion": "the cat"}\n')
+    assert "finetune: prompt must not be empty" in cli(capsys, *words, "--prompt", "")[2]
+    code, said, _ = cli(capsys, *words)
+    assert code == 0
+    assert "no end is learned" in said
 
 
 def test_weights_that_a_file_lacks_are_not_made_up(folder, tmp_path, capsys):
@@ -361,7 +469,22 @@ def test_settings_in_a_file(folder, tmp_path, capsys):
     file = tmp_path / "settings.yaml"
     file.write_text(f"model: {folder / 'llama'}\ndata: {folder / 'rows.csv'}\nsteps: 1\nlr: 1e-2\n")
     out = tmp_path / "run"
-    assert cli(capsys, "finetune", "--config", file, "--out", out, "--method", "head")[0] == 0
+    words = ("finetune", "--config", file, "--out", out, "--method", "head")
+    validation = tmp_path / "other rows.csv"
+    validation.write_text((folder / "rows.csv").read_text())
+    code, said, _ = cli(capsys, *words, "--validation-data", validation)
+    assert code == 0
+    assert said.splitlines()[-2:] == ["go on with:", f"  fastlm eval {out} --data '{validation}'"]
+    # a run that goes on takes from it what the file does not say
+    file.write_text("log_every: 3\nlr: 2e-2\n")
+    assert cli(capsys, "finetune", "--config", file, "--out", out, "--resume")[0] == 0
+    settings = (out / "config.yaml").read_text()
+    assert "log_every: 3\n" in settings
+    assert "lr: 0.02\n" in settings
+    assert "method: head\n" in settings
+    file.write_text(f"out: {out}\nresume: true\nsteps: 2\n")
+    said = cli(capsys, "finetune", "--config", file)[2]
+    assert "steps must stay 1 to resume, got 2" in said
     file.write_text("data: x\n")
     assert "must name the model" in cli(capsys, "finetune", "--config", file)[2]
     file.write_text("model: x\ndata: x\nmetod: lora\n")

@@ -100,6 +100,9 @@ def test_empty_lines_are_no_rows_and_separators_of_other_systems_no_lines(tmp_pa
         ('{"text": "a", "label": ""}', 1, "label must not be empty"),
         ('{"prompt": "a", "completion": ""}', 1, "completion must not be empty"),
         ('{"instruction": "a", "output": 1}', 1, "output must be text, got 1"),
+        ('{"text": "a", "label": "\\ud800"}', 1, "label must be text that UTF-8 can hold"),
+        ('{"text": "a"}\n' + "[" * 100_000, 2, "is nested too deeply"),
+        ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', 1, "that UTF-8 can hold"),
         ('{"messages": "hi"}', 1, 'messages must be a list of messages, got "hi"'),
         ('{"messages": [{"role": "user"}]}', 1, "messages[0].content must be text"),
         ('{"messages": [{"role": "user", "content": "a"}]}', 1, "one of the role assistant"),
@@ -112,6 +115,34 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, text, line, said):
     assert f"{tmp_path / 'rows.jsonl'}:{line}: " in str(error.value)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (Fields(label="nope"), "must have the field 'nope' of --label-column, got 'text', 'label'"),
+        (Fields(text="said"), "must have the field 'said' of --text-column, got 'text', 'label'"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(tmp_path, fields, said):
+    """And nothing else is learned instead."""
+    with pytest.raises(DataError, match=said):
+        read(tmp_path, "text,label\na,b\n", suffix=".csv", fields=fields)
+    with pytest.raises(DataError, match=r"must have the field '\w+' of"):
+        read(tmp_path, [{"messages": [{"role": "assistant", "content": "a"}]}], fields=fields)
+
+
+def test_nesting_of_any_depth_is_one_line(tmp_path):
+    """Also that which can be read and not be shown."""
+    for depth in range(800, 1000):
+        with pytest.raises(DataError, match=r"nested|must be text"):
+            read(tmp_path, '{"text": ' + "[" * depth + "]" * depth + "}")
+
+
+def test_fields_that_are_not_read_are_told(tmp_path):
+    found = read(tmp_path, [{"text": "a", "kind": "b", "id": 3}])
+    assert "only the field text is read, not kind, id" in found.notes[0]
+    assert not read(tmp_path, [{"text": "a"}]).notes
 
 
 @pytest.mark.parametrize(
@@ -181,6 +212,13 @@ def test_what_nothing_comes_before_is_not_learned(tmp_path, tokenizer):
     row = {"messages": [{"role": "assistant", "content": "cat sat"}]}
     (found,) = Encoder(tokenizer, 64).encode(read(tmp_path, [row], template=bare).rows[0])
     assert found.learned == (False, *[True] * (len(found.ids) - 1))
+
+
+def test_an_answer_of_one_token_that_nothing_comes_before_is_refused(tmp_path, tokenizer):
+    bare = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = {"messages": [{"role": "assistant", "content": "cat"}]}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: nothing comes before its one token"):
+        Encoder(tokenizer, 64).encode(read(tmp_path, [row], template=bare).rows[0])
 
 
 def test_a_long_prompt_loses_its_beginning_and_never_its_answer(tmp_path, tokenizer):

@@ -108,11 +108,45 @@ def test_what_cannot_be_exported_is_one_line(folder, tmp_path, capsys):
     for said, *words in (
         ("merge must have an adapter", folder / "head", "--merge", "--out", tmp_path / "out"),
         ("must be a new or an empty folder", folder / "head", "--out", tmp_path / "full"),
+        ("out must be given for", folder / "llama"),
     ):
         code, _, err = cli(capsys, "export", *words)
         assert (code, len(err.splitlines())) == (USAGE, 1)
         assert said in err
     assert (tmp_path / "full/mine.txt").read_text() == "keep me"
+    assert not (folder / "llama/export").exists()
+
+
+def test_a_merged_model_that_overflows_is_no_success(folder, tmp_path, capsys):
+    """A weight that float16 cannot hold."""
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    model = opened(folder / "llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e5)
+    model.save_pretrained(base)
+    hf_folders.tokenizer().save_pretrained(base)
+    lora.mkdir()
+    for path in (folder / "lora").glob("adapter_*"):
+        (lora / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base)
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    words = ("export", lora, "--merge", "--dtype", "float16", "--out", tmp_path / "out")
+    code, _, err = cli(capsys, *words)
+    assert code == FAILED
+    assert f"{tmp_path / 'out'} gives log-probabilities that are not finite: float16" in err
+
+
+def test_every_file_of_a_tokenizer_is_exported(folder, tmp_path):
+    for name in ("vocab.json", "special_tokens_map.json", "additional_chat_templates/a.jinja"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "model" / name).write_text("{}")
+    for path in (folder / "llama").iterdir():
+        if path.is_file():
+            (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    export(tmp_path / "model", tmp_path / "out")
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")}
+    assert {"vocab.json", "special_tokens_map.json", "additional_chat_templates/a.jinja"} <= names
 
 
 def test_an_adapter_says_how_it_becomes_a_model(folder, capsys):
@@ -131,6 +165,16 @@ def test_rows_are_read_as_they_were_for_the_run(folder, capsys):
         assert found[name] == told["after"][name]
     assert found["loss"] == pytest.approx(told["after"]["loss"], rel=1e-5)
     assert found["labels"]["animal"]["rows"] == 12
+
+
+def test_eval_tells_what_it_does_not_read(folder, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,kind\nthe cat,animal\n")
+    code, said, _ = cli(capsys, "eval", folder / "llama", "--data", rows)
+    assert (code, "only the field text is read, not kind" in said) == (0, True)
+    code, said, err = cli(capsys, "eval", folder / "llama", "--data", rows, "--label-column", "no")
+    assert (code, said) == (FAILED, "")
+    assert "must have the field 'no' of --label-column, got 'text', 'kind'" in err
 
 
 def test_accuracy_is_by_the_likeliest_label(folder):

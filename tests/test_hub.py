@@ -59,7 +59,8 @@ def test_only_what_is_read_is_asked_for():
     def wanted(name):
         return any(fnmatch(name, pattern) for pattern in FILES)
 
-    names = ["config.json", "tokenizer.json", "chat_template.jinja"]
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json"]
+    names += ["vocab.json", "merges.txt", "tokenizer.model", "additional_chat_templates/a.jinja"]
     assert all(map(wanted, [*names, "model-00001-of-00002.safetensors"]))
     others = ["pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "run.py"]
     assert not any(map(wanted, others))

@@ -20,7 +20,7 @@ class ExportOptions:
     merge: bool = False
     """Add an adapter to the weights of its model, so that peft is not needed."""
     out: str | None = None
-    """New folder. None: merged, or export, inside the run folder."""
+    """New folder. None: merged, or export, inside the run folder; of no other folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of merged weights; auto: that of the model."""
 

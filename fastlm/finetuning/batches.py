@@ -151,13 +151,19 @@ def max_length_of(model: nn.Module, wanted: int | None) -> int:
     return wanted or min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
 
 
-def chunks(items: Sequence[Item], sizes: Sequence[int], most: int) -> Iterator[Sequence[Item]]:
-    """Items in order, as many together as their sizes allow; one alone may be larger."""
-    first, total = 0, 0
+def chunks(
+    items: Sequence[Item], sizes: Sequence[int], most: int, *, padded: bool = False
+) -> Iterator[Sequence[Item]]:
+    """Items in order, as many together as their sizes allow; one alone may be larger.
+
+    If ``padded``, each takes as much as the largest one that it is together with.
+    """
+    first, total, largest = 0, 0, 0
     for at, size in enumerate(sizes):
-        if at > first and total + size > most:
+        together = max(largest, size) * (at - first + 1) if padded else total + size
+        if at > first and together > most:
             yield items[first:at]
-            first, total = at, 0
-        total += size
+            first, total, largest = at, 0, 0
+        total, largest = total + size, max(largest, size)
     if first < len(items):
         yield items[first:]

@@ -27,11 +27,13 @@ class Evaluated:
         measured: Over all rows.
         kind: The fields that the rows have.
         labels: Of each label, how many rows have it and of how many it was the likeliest.
+        notes: What the reader of the rows did that a user may want to know.
     """
 
     measured: Measured
     kind: str
     labels: dict[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
 
     @property
     def guess(self) -> float:
@@ -39,7 +41,7 @@ class Evaluated:
         return max(count for count, _ in self.labels.values()) / self.measured.rows
 
     def to_dict(self) -> dict[str, Any]:
-        found = self.measured.to_dict()
+        found = {**self.measured.to_dict(), "notes": list(self.notes)}
         if self.labels:
             found["most_frequent_label"] = self.guess
             found["labels"] = {
@@ -49,7 +51,7 @@ class Evaluated:
         return found
 
     def __str__(self) -> str:
-        lines = [str(self.measured)]
+        lines = [*self.notes, str(self.measured)]
         if self.labels:
             lines.append(f"always giving the most frequent label: {self.guess:.1%}")
             width = max(map(len, self.labels))
@@ -96,7 +98,7 @@ def evaluate_rows(
     examples = [example for row in rows.rows for example in encoder.encode(row)]
     has_labels = any(row.label for row in rows.rows)
     measured = measure(layout, examples, encoder.label_ids if has_labels else ())
-    return Evaluated(measured, rows.kind, _by_label(rows, encoder, measured))
+    return Evaluated(measured, rows.kind, _by_label(rows, encoder, measured), rows.notes)
 
 
 def evaluate_text(source: str | Path, text: str, *, window: int | None = None) -> tuple[float, int]:

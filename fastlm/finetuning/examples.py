@@ -76,12 +76,24 @@ class Encoder:
             )
         return tuple(found)
 
-    def prompt_ids(self, text: str, *, spelled: bool = False) -> tuple[int, ...]:
-        """Tokens of a prompt, with what the tokenizer begins a text with; never none."""
+    def prompt_ids(
+        self, text: str, *, spelled: bool = False, whose: str = "prompt"
+    ) -> tuple[int, ...]:
+        """Tokens of a prompt, with what the tokenizer begins a text with; never none.
+
+        Raises:
+            DataError: It is empty, and the tokenizer has no token that begins or ends a text; the
+                message begins with ``whose``.
+        """
         ids = self._encode(text, starts=not spelled)
         if ids:
             return ids
         start = self.tokenizer.bos_token_id
+        if start is None and not self.end:
+            raise DataError(
+                f"{COMMAND}: {whose} must not be empty: the tokenizer has no token that begins or "
+                "ends a text"
+            )
         return self.end if start is None else (start,)
 
     def encode(self, row: Row) -> list[Example]:
@@ -97,7 +109,7 @@ class Encoder:
             if piece is row.pieces[-1]:
                 prompt = len(ids)
             if starts and not piece.learned:
-                new = self.prompt_ids(piece.text)
+                new = self.prompt_ids(piece.text, whose=f"{row.place}: prompt")
             else:
                 new = self._encode(piece.text, starts=starts)
             ids += new
@@ -121,6 +133,8 @@ class Encoder:
         self.shortened += cut > 0
         ids, learned = ids[cut:], learned[cut:]
         learned[0] = False
+        if not any(learned):
+            raise DataError(f"{COMMAND}: {row.place}: nothing comes before its one token to learn")
         label = None if row.label is None else self.labels.index(row.label)
         return [Example(tuple(ids), tuple(learned), prompt - cut, label)]
 

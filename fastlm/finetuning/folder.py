@@ -21,9 +21,12 @@ SUMMARY = "finetune.json"
 # what a run writes, and nothing that somebody put beside it
 _WRITTEN = (
     "adapter_*", "model*.safetensors", "model.safetensors.index.json", "config.json",
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja",
-    "metrics.jsonl", "report.md", "env.json", SUMMARY,
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "chat_template.jinja", "metrics.jsonl", "report.md", "env.json",
+    SUMMARY,
 )  # fmt: skip
+_NEW = ".new"
+_FOLDERS = ("checkpoints", "additional_chat_templates", _NEW)
 
 # what a run cannot change when it goes on
 FIXED = (
@@ -51,7 +54,8 @@ def check_out(config: FinetuneConfig) -> None:
     """Refuse an ``out`` that does not suit the run, before anything else is done.
 
     Raises:
-        ConfigError: It is no folder, or holds a run; or to go on with that, a setting is another.
+        ConfigError: It is no folder, or holds a run, or files of no run that ours would take the
+            place of; or to go on with a run, a setting is another.
     """
     path = Path(config.out)
     if path.exists() and not path.is_dir():
@@ -69,22 +73,43 @@ def check_out(config: FinetuneConfig) -> None:
         )
     elif path.is_dir() and Path(config.model).is_dir() and path.samefile(config.model):
         raise ConfigError(f"{COMMAND}: out must be another folder than the model's, got {path}")
+    elif not _is_run(path) and (names := [found.name for found in _written(path)]):
+        raise ConfigError(
+            f"{COMMAND}: out must be a folder without other files of the names that a run writes, "
+            f"got {path}, which holds {', '.join(names[:3])}{', ...' if names[3:] else ''}"
+        )
 
 
-def start(config: FinetuneConfig) -> RunFolder:
-    """Make the folder, or clear it of the run that was there."""
-    folder = RunFolder(config.out)
+def start(config: FinetuneConfig, folder: RunFolder) -> None:
+    """Make the folder, or clear it of the run that :func:`check_out` has found there."""
     folder.path.mkdir(parents=True, exist_ok=True)
     if not config.resume:
-        folder.config.unlink(missing_ok=True)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        for pattern in _WRITTEN:
-            for path in folder.path.glob(pattern):
+        for path in _written(folder.path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != folder.config:
                 path.unlink()
+    # first, and over the old one: without it the other files would be those of no run
+    write_config(_without_resume(config), folder.config)
     also = ("transformers", "peft") if config.method == "lora" else ("transformers",)
     folder.write_json("env.json", environment(*also))
-    write_config(_without_resume(config), folder.config)
-    return folder
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a run of ours is in a folder, as its settings show."""
+    try:
+        FinetuneConfig.from_dict(read_settings(path / CONFIG, COMMAND))
+    except ConfigError:
+        return False
+    return True
+
+
+def _written(path: Path) -> list[Path]:
+    """What is in a folder under the names of what a run writes; a user's folders are not."""
+    files = {
+        found for name in (*_WRITTEN, CONFIG) for found in path.glob(name) if not found.is_dir()
+    }
+    return sorted(files | {path / name for name in _FOLDERS if (path / name).is_dir()})
 
 
 def _without_resume(config: FinetuneConfig) -> FinetuneConfig:
@@ -99,15 +124,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     Until all are written and on the disk, those that were there stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / ".new"
+    fresh = folder / _NEW
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
         written = sorted(fresh.iterdir())
-        for path in (*written, fresh):
+        for path in (*fresh.rglob("*"), fresh):
             _sync(path)
         for path in written:
+            if path.is_dir():
+                # of chat templates; only an empty folder can be replaced
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
         _sync(folder)
     finally:

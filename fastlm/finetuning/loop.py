@@ -33,6 +33,7 @@ from fastlm.training.checkpoint import Checkpoint
 from fastlm.training.config import ConfigError
 from fastlm.training.console import Display
 from fastlm.training.data import DataError
+from fastlm.training.folder import RunFolder
 from fastlm.training.interrupt import Interrupt, interruptible
 from fastlm.training.loop import NonFiniteError
 
@@ -84,6 +85,7 @@ def finetune(
         OSError: The run folder cannot be written.
     """
     folders.check_out(config)
+    device = device_of(config.device)
     source = locate(config.model)
     if source.is_adapter:
         raise ConfigError(
@@ -91,7 +93,6 @@ def finetune(
             f"fastlm export {config.model} --merge makes one of it"
         )
     rows, held_out, data_hash = _read(config, source)
-    device = device_of(config.device)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)
@@ -150,6 +151,8 @@ class _Run:
             self.notes.append(f"{shortened:,} rows lost the beginning of their prompt")
         if split:
             self.notes.append(f"{split:,} texts became several examples")
+        if not self.encoder.end and not rows.rows[0].spelled:
+            self.notes.append("no end is learned: the tokenizer has no token that ends a text")
         self.data = _described(rows, held_out, len(chosen))
         self.guess = _guess(chosen)
         self.prompt = _prompt(config, chosen)
@@ -169,6 +172,7 @@ class _Run:
         warmup = max(1, self.steps // 10) if config.warmup is None else config.warmup
         self.warmup = min(warmup, self.steps)
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
+        self.folder = RunFolder(config.out)
 
     def go(self, on_step: Callable[[int], None] | None) -> FinetuneResult:
         """All of it: measure, train, save, measure, report."""
@@ -183,9 +187,11 @@ class _Run:
             ran = Ran(optimized, routes, layout)
             before, expected = self._measure()
             with interruptible() as interrupt:
-                self.folder = folders.start(self.config)
+                # before anything of the run that is there is changed
+                saved = self._saved() if self.config.resume else None
+                folders.start(self.config, self.folder)
                 if self.config.resume:
-                    self._resume()
+                    self._go_on_from(saved)
                 with Display(self.steps, self.step, interrupt.pipe_closed) as display:
                     self._introduce(display, ran)
                     display.say("before", str(before))
@@ -277,9 +283,10 @@ class _Run:
         if not (torch.isfinite(total) and torch.isfinite(norm)):
             what = "loss" if not torch.isfinite(total) else "gradient norm"
             value = float(norm if what == "gradient norm" else total)
+            kept = f"what was saved before is in {self.folder.path}"
             raise NonFiniteError(
                 f"{COMMAND}: step {self.step + 1}: the {what} is {value}; no weight was changed by "
-                f"it; what was saved before is in {self.folder.path}"
+                f"it; {kept if self._has_checkpoint() else 'nothing was saved before'}"
             )
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(self.step)
         self.optimizer.step()
@@ -323,6 +330,9 @@ class _Run:
 
     # ---- files
 
+    def _has_checkpoint(self) -> bool:
+        return any(self.folder.checkpoints.glob("step-*"))
+
     def _save(self) -> None:
         """A checkpoint to go on from, and the adapter or model, which others open."""
         names = {id(p): name for name, p in self.trained.items()}
@@ -350,12 +360,19 @@ class _Run:
              "max_length": self.encoder.max_length},
         )  # fmt: skip
 
-    def _resume(self) -> None:
-        if not any(self.folder.checkpoints.glob("step-*")):
-            return
+    def _saved(self) -> Checkpoint | None:
+        """That of the run to go on with, or None if it has none yet."""
+        if not self._has_checkpoint():
+            return None
         found = checkpoints.load_latest(self.folder.checkpoints)
         if found.state["data"] != self.data_hash:
             raise ConfigError(f"{COMMAND}: data must be the same files to resume, got others")
+        return found
+
+    def _go_on_from(self, found: Checkpoint | None) -> None:
+        self.folder.keep_metrics_until(0 if found is None else found.step)
+        if found is None:
+            return
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(found.model[name])
@@ -371,7 +388,6 @@ class _Run:
             torch.cuda.set_rng_state(found.optimizer["rng.cuda"], self.device)
         self.step, self.tokens = found.step, found.state["tokens"]
         self.elapsed = found.state["elapsed"]
-        self.folder.keep_metrics_until(self.step)
 
     def _finish(self, told: Told) -> None:
         summary = json.loads((self.folder.path / folders.SUMMARY).read_text("utf-8"))

@@ -83,8 +83,10 @@ def measure(
         FloatingPointError: The model's logits are not finite.
     """
     total, tokens = 0.0, 0
+    padded = layout.why_padded is not None
+    sizes = [len(example.ids) for example in examples]
     with _evaluating(layout.model):
-        for part in chunks(examples, [len(example.ids) for example in examples], TOKENS):
+        for part in chunks(examples, sizes, TOKENS, padded=padded):
             batch = layout.batch(part)
             total += float(loss_sum(layout, batch))
             tokens += batch.num_learned
@@ -114,9 +116,13 @@ def label_logprobs(
         next(i for i, s in enumerate(stems) if s[: len(label) - 1] == tuple(label[:-1]))
         for label in labels
     ]
-    sizes = [sum(len(prompt) + len(stem) for stem in stems) for prompt in prompts]
+    padded, longest = layout.why_padded is not None, max(map(len, stems))
+    sizes = [
+        sum(len(prompt) + (longest if padded else len(stem)) for stem in stems)
+        for prompt in prompts
+    ]
     found = []
-    for part in chunks(prompts, sizes, TOKENS):
+    for part in chunks(prompts, sizes, TOKENS, padded=padded):
         sequences = [(*prompt, *stem) for prompt in part for stem in stems]
         batch = layout.of(sequences)
         # rows of logits: of the last token of a prompt and of each token of a stem

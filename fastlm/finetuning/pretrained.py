@@ -16,11 +16,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fastlm._errors import MissingPackageError
+from fastlm.finetuning.config import COMMAND
 from fastlm.hf.verify import first_line
 from fastlm.inference.chat import ChatTemplate
 from fastlm.inference.language_model import ADAPTER
 from fastlm.model.checkpoint import ModelFileError, read_json
 from fastlm.model.hub import model_folder
+from fastlm.training.config import ConfigError
 
 # what transformers raises about files that it does not understand
 _MISTAKES = (
@@ -149,10 +151,19 @@ def peft_is_behind() -> Iterator[None]:
 
 
 def device_of(name: str) -> torch.device:
-    """``"auto"`` is a GPU where there is one."""
+    """``"auto"`` is a GPU where there is one.
+
+    Raises:
+        ConfigError: The machine has no such GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"{COMMAND}: device must be one of this machine's {count} GPUs or cpu, got {name!r}"
+        )
+    return device
 
 
 def _open_model(

@@ -105,7 +105,7 @@ def read_rows(
     path = Path(path)
     records = _records(path)
     maker: Callable[[Mapping[str, Any], str], Row] | None = None
-    kind, rows, wrong = "", list[Row](), list[str]()
+    kind, rows, wrong, unread = "", list[Row](), list[str](), list[str]()
     for line, record in records:
         place = f"{path}:{line}"
         try:
@@ -113,6 +113,8 @@ def read_rows(
                 raise record
             if maker is None:
                 kind, maker = _maker(record, fields, template, whose)
+                if maker is _text:
+                    unread = [name for name in record if name != "text"]
             rows.append(maker(record, place))
         except _BadRowError as error:
             wrong.append(f"{place}: {error}")
@@ -121,13 +123,18 @@ def read_rows(
         raise DataError(f"{COMMAND}: {wrong[0]}{more}")
     if not rows:
         raise DataError(f"{COMMAND}: {path} has no rows")
-    notes: tuple[str, ...] = ()
-    if rewritten := sum(row.left_out > 0 for row in rows):
-        notes = (
-            f"of {rewritten:,} conversations only the last answer is learned: the chat template "
-            "writes earlier ones otherwise once they are past",
+    notes = list[str]()
+    if unread:
+        notes.append(
+            f"of these rows only the field text is read, not {', '.join(unread)}; --label-column "
+            "names the field of a label"
         )
-    return Rows(kind, tuple(rows), notes)
+    if rewritten := sum(row.left_out > 0 for row in rows):
+        notes.append(
+            f"of {rewritten:,} conversations only the last answer is learned: the chat template "
+            "writes earlier ones otherwise once they are past"
+        )
+    return Rows(kind, tuple(rows), tuple(notes))
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -153,6 +160,9 @@ def _of_json_lines(text: str) -> Iterator[tuple[int, Any]]:
             record = json.loads(line)
         except ValueError as error:
             yield number, _BadRowError(f"is not JSON: {error}")
+            continue
+        except RecursionError:
+            yield number, _BadRowError("is nested too deeply")
             continue
         if isinstance(record, dict):
             yield number, record
@@ -185,7 +195,13 @@ def _maker(
     first: Mapping[str, Any], fields: Fields, template: ChatTemplate | None, whose: str
 ) -> tuple[str, Callable[[Mapping[str, Any], str], Row]]:
     """What rows with these fields are, and how an example is made of one."""
-    if "messages" in first:
+    names = ", ".join(map(repr, first)) or "none"
+    usual = Fields()
+    if (fields.text, fields.label) != (usual.text, usual.label):
+        for flag, name in (("--text-column", fields.text), ("--label-column", fields.label)):
+            if name not in first:
+                raise _BadRowError(f"must have the field {name!r} of {flag}, got {names}")
+    elif "messages" in first:
         if template is None:
             raise DataError(
                 f"{COMMAND}: messages need a chat template, which {whose} does not have; put one "
@@ -200,7 +216,6 @@ def _maker(
         return "instruction, input, output", _instruction
     if "text" in first:
         return "text", _text
-    names = ", ".join(map(repr, first)) or "none"
     raise _BadRowError(
         "must have the fields messages, or text and label, or prompt and completion, or "
         f"instruction and output, or text, got {names}; --text-column and --label-column name "
@@ -218,6 +233,7 @@ def _labelled(record: Mapping[str, Any], place: str, fields: Fields) -> Row:
     label = label.strip()
     if not label:
         raise _BadRowError(f"{fields.label} must not be empty")
+    _check_encodable(fields.label, label)
     pieces = (Piece(text + fields.label_prompt, False), Piece(f" {label}", True))
     return Row(place, pieces, label)
 
@@ -259,6 +275,7 @@ def _conversation(record: Mapping[str, Any], place: str, template: ChatTemplate)
     except ChatTemplateError as error:
         raise _BadRowError(f"messages: {error}") from None
     whole = spans[-1][0] + spans[-1][1]
+    _check_encodable("messages", whole)
     kept = [span for span in spans if whole.startswith(span[0] + span[1])]
     if len(kept) != len(spans):
         kept = spans[-1:]
@@ -290,13 +307,20 @@ def _field(record: Mapping[str, Any], name: str, *, may_be_empty: bool = False) 
         raise _BadRowError(f"{name} must be text, got {_shown(value)}")
     if not value.strip() and not may_be_empty:
         raise _BadRowError(f"{name} must not be empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _BadRowError(f"{name} must be text that UTF-8 can hold") from None
+    _check_encodable(name, value)
     return value
 
 
+def _check_encodable(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _BadRowError(f"{name} must be text that UTF-8 can hold") from None
+
+
 def _shown(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "nested values"
     return text if len(text) <= 40 else f"{text[:37]}..."

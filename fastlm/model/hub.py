@@ -11,7 +11,9 @@ from fastlm.model.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, M
 # what we read of a model: no pickle, and no second copy of the weights under another name
 FILES = (
     *(CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, "model-*.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("adapter_config.json", "adapter_model.safetensors"),
 )
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
