@@ -17,7 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import fastlm
+from fastlm.benchmarks._timing import Ceilings
 from fastlm.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +133,7 @@ cross_entropy.backward = lambda *args: right(*args) * 1.001
 # Each of these would be the fastest of all.
 CHEATS = """
 import dataclasses
+import time
 import torch
 import torch.nn.functional as F
 from fastlm.benchmarks import _providers, loss
@@ -156,6 +160,21 @@ class Cheat(torch.autograd.Function):
         if kind == "stale":
             # as a graph that was recorded once it was warm
             result = state.setdefault("kept", result) if state["calls"] > 4 else result
+        if kind == "remembers":
+            # an entry for each of the inputs that it is shown
+            seen = state.setdefault("seen", {})
+            first = float(x[0, 0])
+            if first not in seen:
+                time.sleep(0.01)
+                seen[first] = result
+            result = seen[first]
+        if kind == "two":
+            # right for what is shown before the timing, and nothing else
+            seen = state.setdefault("seen", {})
+            first = float(x[0, 0])
+            if len(seen) < 2:
+                seen[first] = result
+            result = seen.get(first, next(iter(seen.values())))
         ctx.save_for_backward(result[1])
         return result[0].clone()
 
@@ -167,7 +186,7 @@ def planted(kind):
     state = {}
     return lambda device: lambda logits, target: Cheat.apply(logits, target, kind, state)
 
-kinds = ("honest", "sloppy", "short", "zeros", "skips", "cached", "stale")
+kinds = ("honest", "sloppy", "short", "zeros", "skips", "cached", "stale", "remembers", "two")
 for kind in kinds:
     _providers.PROVIDERS[kind] = _providers.Source(kind)
     loss.LOGITS_PROVIDERS[kind] = planted(kind)
@@ -193,19 +212,52 @@ def test_a_wrong_result_has_no_speed_beside_whom_ever(tmp_path):
 
 
 def test_cheats_are_marked_wrong_and_have_no_speed(tmp_path):
-    cheats = "honest,short,zeros,skips,cached,stale,detaches"
+    cheats = "honest,short,zeros,skips,cached,stale,remembers,two,detaches"
     done = planted(tmp_path, CHEATS, *LOSS, "--only", cheats)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {(row["provider"], row["mode"]): row for row in rows_of(tmp_path)}
     for mode in ("fwd", "fwd_bwd"):
         assert "ms_p50" in rows["honest", mode]
-        for kind in ("short", "zeros", "cached", "stale"):
+        for kind in ("short", "zeros", "cached", "stale", "remembers", "two"):
             assert "wrong" in rows[kind, mode], rows[kind, mode]
     assert "ms_p50" in rows["skips", "fwd"]
     assert "output 1" in rows["skips", "fwd_bwd"]["wrong"]
     assert "does not require grad" in rows["detaches", "fwd_bwd"]["failed"]
     assert "result of another call" in rows["stale", "fwd"]["wrong"]
+    assert "may be results kept" in rows["remembers", "fwd"]["wrong"]
+    assert "of numbers never seen before" in rows["two", "fwd_bwd"]["wrong"]
     assert all("ms_p50" not in row for row in rows.values() if row.keys() & {"wrong", "failed"})
+
+
+def test_who_is_faster_than_the_machine_is_wrong(tmp_path, monkeypatch):
+    slow = Ceilings(gbps=1e-6, tflops={"float32": 1e-9})
+    monkeypatch.setattr("fastlm.benchmarks._suite.measure_ceilings", lambda *args: slow)
+    assert bench(tmp_path, *LOSS, "--mode", "fwd", "--only", "torch", "fastlm") == 1
+    assert all("as fast as the machine" in row["wrong"] for row in rows_of(tmp_path))
+
+
+def test_bytes_count_against_the_machine_where_no_cache_keeps_them():
+    ceilings = Ceilings(gbps=1.0, tflops={"float32": 1.0})
+    assert ceilings.times_beaten(1.0, 2.0**27, 1e9, "float32") == 1
+    assert ceilings.times_beaten(1.0, 2.0**28, 1e9, "float32") == 2.0**28 / 1e6
+
+
+@pytest.mark.parametrize("most", [2, 3, 6])
+def test_who_fails_while_timed_does_not_end_the_run(tmp_path, monkeypatch, most):
+    """Two calls are judged, one is measured by its memory, two are warming."""
+    right, calls = fastlm.cross_entropy, []
+
+    def failing(*args: torch.Tensor) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) > most:
+            raise MemoryError("none is left")
+        return right(*args)
+
+    monkeypatch.setattr(fastlm, "cross_entropy", failing)
+    assert bench(tmp_path, *LOSS, "--mode", "fwd", "--only", "torch", "fastlm") == 1
+    rows = {row["provider"]: row for row in rows_of(tmp_path)}
+    assert rows["fastlm"]["failed"] == "MemoryError: none is left"
+    assert rows["torch"]["ms_p50"] > 0
 
 
 NO_CCE = "import sys; sys.modules['cut_cross_entropy'] = None"
