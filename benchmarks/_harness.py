@@ -118,6 +118,8 @@ class Benchmark:
 
 
 REGISTRY: dict[str, Benchmark] = {}
+# What an op says whose backends do not take a call.
+_REFUSED = "no backend takes this call"
 
 
 def quick(problems: Sequence[Problem], fast: tuple[str, ...]) -> list[Problem]:
@@ -200,7 +202,8 @@ def run_case(
                 _judge.judge_other(f"{name} {mode}", outputs, truth)
             _judge.judge_changes(f"{name} {mode}", outputs, fingerprints[name])
         except failures() as error:
-            yield {**common, "provider": name, **reason(error)}
+            found = {"absent": refused} if (refused := _refusal(name, error)) else reason(error)
+            yield {**common, "provider": name, **found}
             require_answer(device)
             continue
         if name == next(iter(case.providers)):
@@ -397,6 +400,16 @@ def failures() -> tuple[type[BaseException], ...]:
     except ModuleNotFoundError:
         return kinds
     return (*kinds, TritonError)
+
+
+def _refusal(name: str, error: BaseException) -> str:
+    """Why kernels of ours do not take a call; empty for others, and where it is no refusal.
+
+    ``fastlm`` chooses among all of them, so that nothing is left where it refuses.
+    """
+    if name not in OURS or name == "fastlm" or not isinstance(error, NotImplementedError):
+        return ""
+    return " ".join(str(error).split())[:300] if _REFUSED in str(error) else ""
 
 
 def reason(error: BaseException) -> dict[str, str]:

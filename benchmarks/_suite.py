@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; or 1 when a result of fastlm was wrong, a case could not run, or too few others ran.
+    """0; or 1 when one of ours failed or was wrong, a case could not run, or too few others ran.
 
     Raises:
         ArgumentError: Flags that do not fit together, or this machine.
@@ -117,14 +117,24 @@ class _Run:
             # Stays in the file when the process dies here, and names the case that did it.
             died = [{**stub, "failed": DIED} for stub in missing]
             _report.save(self._path, self._env, self._rows + died)
-            self._case(bench, problem, missing)
+            self._case(bench, problem, missing, died)
         self._console.step()
         return True
 
-    def _case(self, bench: Benchmark, problem: Problem, missing: list[Row]) -> None:
+    def _case(
+        self, bench: Benchmark, problem: Problem, missing: list[Row], died: list[Row]
+    ) -> None:
         options, device = self._options, self._device
         torch.manual_seed(0)
-        case = bench.build(problem, self._dtype, device)
+        try:
+            case = bench.build(problem, self._dtype, device)
+        except _harness.failures() as error:
+            failed = [{**stub, **_harness.reason(error)} for stub in missing]
+            for row in failed:
+                self._console.row(row)
+            self._rows += failed
+            _report.save(self._path, self._env, self._rows)
+            return
         assert {*case.providers, *case.yardsticks} == set(bench.providers), bench.op
         new: list[Row] = []
         samples: dict[str, list[float]] = {}
@@ -143,7 +153,8 @@ class _Run:
                 new = []
         except RuntimeError:
             # the GPU answers no more: the case that did it is not tried again
-            self._rows += new
+            there = {_key(row) for row in (*self._rows, *new)}
+            self._rows += [*new, *(row for row in died if _key(row) not in there)]
             raise
         finally:
             # after SIGTERM without the unfinished case, which the next call runs
@@ -189,6 +200,10 @@ def _work(options: argparse.Namespace, device: str) -> dict[str, list[Problem]]:
         if problems:
             found[op] = problems
     known = {name: None for op in asked for name in registered(op).providers}
+    if options.only and options.baseline and options.baseline not in options.only:
+        raise ArgumentError(
+            f"bench: --baseline {options.baseline} must be one of --only: {', '.join(options.only)}"
+        )
     for name in (*options.only, *([options.baseline] if options.baseline else [])):
         if asked and name not in known:
             raise ArgumentError(f"bench: there is no provider {name!r} here: {', '.join(known)}")
@@ -258,11 +273,9 @@ def _absent(model: str, mode: str, provider: str, why: str) -> Row:
 
 
 def _healthy(rows: list[Row]) -> bool:
-    """Whether fastlm ran, nothing of ours was wrong, and nobody ended the process."""
+    """Whether nothing of ours failed or was wrong, and nobody ended the process."""
     return not any(
-        row.get("failed") == DIED
-        or (row["provider"] in OURS and "wrong" in row)
-        or (row["provider"] == "fastlm" and "failed" in row)
+        row.get("failed") == DIED or (row["provider"] in OURS and row.keys() & {"failed", "wrong"})
         for row in rows
     )
 

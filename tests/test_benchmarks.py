@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import operator
 import os
@@ -13,13 +14,16 @@ import statistics
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import fastlm
+from fastlm.benchmarks import _harness
 from fastlm.benchmarks._timing import Ceilings
 from fastlm.cli import main
 
@@ -260,6 +264,46 @@ def test_who_fails_while_timed_does_not_end_the_run(tmp_path, monkeypatch, most)
     assert rows["torch"]["ms_p50"] > 0
 
 
+GATED = ("glu", "--shapes", "N=16,I=32", "--mode", "fwd")
+
+
+def test_kernels_of_ours_that_fail_fail_the_run_and_those_that_refuse_do_not(tmp_path, monkeypatch):
+    def faulty(*args: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    for function, code, word in (
+        (functools.partial(fastlm.swiglu, backend="gluon"), 0, "absent"), (faulty, 1, "failed"),
+    ):  # fmt: skip
+        monkeypatch.setattr(
+            "fastlm.benchmarks.pointwise.cuda_kernels", lambda *args, found=function: found
+        )
+        assert bench(tmp_path, *GATED, "--only", "torch", "cuda", "--fresh") == code
+        (row,) = rows_of(tmp_path, provider="cuda")
+        assert word in row
+        assert word == "failed" or "glu has no gluon backend" in row["absent"]
+
+
+def test_a_case_that_leaves_the_gpu_unusable_is_not_tried_again(tmp_path, monkeypatch):
+    right = _harness.run_case
+
+    def breaks(*args: object, **kwargs: object) -> Iterator[dict[str, Any]]:
+        yield next(right(*args, **kwargs))
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(_harness, "run_case", breaks)
+    with pytest.raises(RuntimeError, match="launch failure"):
+        bench(tmp_path, *GATED, "--only", "torch", "fastlm")
+    found = {row["provider"]: row.get("failed") for row in rows_of(tmp_path)}
+    assert found == {"torch": None, "fastlm": "ended the process"}
+
+
+def test_sizes_that_an_op_cannot_have_fail_in_its_rows(tmp_path):
+    words = ("apply_rotary", "--shapes", "D=7,T=8", "--mode", "fwd", "--only", "torch", "fastlm")
+    assert bench(tmp_path, *words) == 1
+    assert len(rows_of(tmp_path)) == 2
+    assert all(row["failed"] for row in rows_of(tmp_path))
+
+
 NO_CCE = "import sys; sys.modules['cut_cross_entropy'] = None"
 
 
@@ -400,7 +444,9 @@ def test_mistakes_are_usage_errors_that_name_what_there_is(tmp_path, capsys):
         (["atention"], "there is no benchmark 'atention': attention, "),
         (["attention", "--only", "sdpa,liger"], "no provider 'liger' here: sdpa, "),
         (["glu", "--shapes", "V=8"], "glu has the sizes N, I, not V"),
-        (["glu", "--shapes", "many"], "--shapes must be like N=1024,V=32000, got many"),
+        (["glu", "--shapes", "many"], "must be like N=1024,V=32000, each 1 at least, got many"),
+        (["glu", "--shapes", "N=-3,I=16"], "each 1 at least, got N=-3,I=16"),
+        (["glu", "--only", "fastlm", "--baseline", "torch"], "torch must be one of --only: fastlm"),
         (["glu", "--suit", "full"], "unrecognized options: --suit full, did you mean --suite?"),
         (["glu", "--suite", "gpu"], "--suite gpu needs a GPU that torch sees"),
     ):
