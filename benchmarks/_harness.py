@@ -220,17 +220,17 @@ def run_case(
             calls[name] = functools.partial(_itself, call)
     start, peaks = time.perf_counter(), {}
     failed: dict[str, BaseException] = {}
-    for name, prepare in calls.items():
+    for name, to_call in calls.items():
         try:
-            peaks[name] = extra_peak_mib(prepare(), device)
+            peaks[name] = extra_peak_mib(to_call(), device)
         except failures() as error:
             failed[name] = error
             require_answer(device)
     is_long = time.perf_counter() - start > LONG * len(calls)
     left = {name: calls[name] for name in peaks}
     times, fallen = interleaved(left, device, seconds, is_long=is_long, failures=failures())
-    for name, error in {**failed, **fallen}.items():
-        yield {**common, "provider": name, **reason(error)}
+    for name, why in {**failed, **fallen}.items():
+        yield {**common, "provider": name, **reason(why)}
     baseline = baseline or next(iter(case.providers))
     gains = speedups(times, baseline) if baseline in times else {}
     shares = _judge.fresh_shares()

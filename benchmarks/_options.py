@@ -70,7 +70,7 @@ def parse(argv: Sequence[str], prog: str = "fastlm bench") -> argparse.Namespace
     add("--plot", type=Path, metavar="DIR", help="pictures and report.html")
     add("--show", type=Path, metavar="PATH", help="time nothing: tables of a file, or of a folder")
     add("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
-    add("--fresh", action="store_true", help="run every case anew, whatever --json holds")
+    add("--fresh", action="store_true", help="run all anew; what --json has of another run is lost")
     options, unknown = parser.parse_known_args(list(argv))
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)

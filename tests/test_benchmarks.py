@@ -36,6 +36,7 @@ FIELDS = {
     "fraction_of_peak", "peak_mib", "max_rel_err", "inputs", "baseline", "speedup",
 }  # fmt: skip
 LOSS = ("cross_entropy", "--shapes", "N=768,V=65")
+GATED = ("glu", "--shapes", "N=16,I=32", "--mode", "fwd")
 ALL_MODES = ("--mode", "fwd", "bwd", "fwd_bwd")
 HEADS = ("--shapes", "T=48,H=4,G=2,D=16", *ALL_MODES)
 
@@ -264,7 +265,53 @@ def test_who_fails_while_timed_does_not_end_the_run(tmp_path, monkeypatch, most)
     assert rows["torch"]["ms_p50"] > 0
 
 
-GATED = ("glu", "--shapes", "N=16,I=32", "--mode", "fwd")
+def altered(folder: Path, **env: object) -> None:
+    content = json.loads((folder / "rows.json").read_text())
+    content["env"].update(env)
+    (folder / "rows.json").write_text(json.dumps(content))
+
+
+def test_a_file_of_another_run_is_not_gone_on_with(tmp_path, capsys):
+    assert bench(tmp_path, *GATED, "--only", "torch") == 0
+    before = rows_of(tmp_path)
+    altered(tmp_path, git="0123abc", threads=99)
+    small = ("rms_norm", "--shapes", "N=16,C=32", "--mode", "fwd", "--only", "torch")
+    assert bench(tmp_path, *small) == 1
+    said = capsys.readouterr().err
+    assert re.search("is of another run: threads 99 there, .* git 0123abc there, ", said)
+    assert rows_of(tmp_path) == before
+    assert bench(tmp_path, *small, "--fresh") == 0
+    assert [row["op"] for row in rows_of(tmp_path)] == ["rms_norm"]
+    with zipfile.ZipFile(tmp_path / "rows.samples.zip") as archive:
+        (key,) = json.loads(archive.read("samples.json"))
+    assert "rms_norm" in key
+
+
+def test_rows_added_later_have_the_ceilings_of_their_own_run(tmp_path):
+    bench(tmp_path, *GATED, "--only", "torch")
+    old = {"gbps": 1.5, "tflops": {"float32": 0.5}}
+    altered(tmp_path, ceilings=old)
+    assert bench(tmp_path, *GATED, "--only", "torch", "fastlm") == 0
+    assert json.loads((tmp_path / "rows.json").read_text())["env"]["ceilings"] == old
+    first, second = rows_of(tmp_path)
+    assert "ceilings" not in first
+    assert second["ceilings"]["gbps"] != 1.5
+
+
+def test_a_file_that_holds_no_results_is_named(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    for text in ("a,b\n1,2\n", "[]", "{}"):
+        path.write_text(text)
+        assert main(["bench", "--show", str(path)]) == 1
+        assert bench(tmp_path, *GATED, "--only", "torch") == 1
+        line = f"fastlm: bench: {path} holds no results of a benchmark\n"
+        assert capsys.readouterr().err == 2 * line
+        assert path.read_text() == text
+    shutil.copy(COMMITTED / "cross_entropy.json", tmp_path)
+    assert main(["bench", "--show", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["bench", "--show", str(tmp_path / "none.json")]) == 1
+    assert "none.json cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_kernels_of_ours_that_fail_fail_the_run_and_those_that_refuse_do_not(tmp_path, monkeypatch):
