@@ -242,7 +242,7 @@ def run_case(
         try:
             if name in others:
                 _judge.judge_again(what, others[name](), fingerprints[name])
-                _judge_on_fresh_numbers(what, case, name, mode, device, p80, shares, usual)
+                _judge_on_fresh_numbers(what, case, name, mode, device, p50, shares, usual)
             beaten = ceilings.times_beaten(p50, moved, flops, common["dtype"])
             _judge.judge_rate(what, beaten)
         except failures() as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import operator
 import os
@@ -14,17 +13,11 @@ import statistics
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
-import fastlm
-from fastlm.benchmarks import _harness
-from fastlm.benchmarks._timing import Ceilings
 from fastlm.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +29,6 @@ FIELDS = {
     "fraction_of_peak", "peak_mib", "max_rel_err", "inputs", "baseline", "speedup",
 }  # fmt: skip
 LOSS = ("cross_entropy", "--shapes", "N=768,V=65")
-GATED = ("glu", "--shapes", "N=16,I=32", "--mode", "fwd")
 ALL_MODES = ("--mode", "fwd", "bwd", "fwd_bwd")
 HEADS = ("--shapes", "T=48,H=4,G=2,D=16", *ALL_MODES)
 
@@ -170,7 +162,7 @@ class Cheat(torch.autograd.Function):
             seen = state.setdefault("seen", {})
             first = float(x[0, 0])
             if first not in seen:
-                time.sleep(0.01)
+                time.sleep(0.05)
                 seen[first] = result
             result = seen[first]
         if kind == "two":
@@ -224,7 +216,7 @@ def test_cheats_are_marked_wrong_and_have_no_speed(tmp_path):
     for mode in ("fwd", "fwd_bwd"):
         assert "ms_p50" in rows["honest", mode]
         for kind in ("short", "zeros", "cached", "stale", "remembers", "two"):
-            assert "wrong" in rows[kind, mode], rows[kind, mode]
+            assert "wrong" in rows[kind, mode], rows[kind, mode].items()
     assert "ms_p50" in rows["skips", "fwd"]
     assert "output 1" in rows["skips", "fwd_bwd"]["wrong"]
     assert "does not require grad" in rows["detaches", "fwd_bwd"]["failed"]
@@ -232,123 +224,6 @@ def test_cheats_are_marked_wrong_and_have_no_speed(tmp_path):
     assert "may be results kept" in rows["remembers", "fwd"]["wrong"]
     assert "of numbers never seen before" in rows["two", "fwd_bwd"]["wrong"]
     assert all("ms_p50" not in row for row in rows.values() if row.keys() & {"wrong", "failed"})
-
-
-def test_who_is_faster_than_the_machine_is_wrong(tmp_path, monkeypatch):
-    slow = Ceilings(gbps=1e-6, tflops={"float32": 1e-9})
-    monkeypatch.setattr("fastlm.benchmarks._suite.measure_ceilings", lambda *args: slow)
-    assert bench(tmp_path, *LOSS, "--mode", "fwd", "--only", "torch", "fastlm") == 1
-    assert all("as fast as the machine" in row["wrong"] for row in rows_of(tmp_path))
-
-
-def test_bytes_count_against_the_machine_where_no_cache_keeps_them():
-    ceilings = Ceilings(gbps=1.0, tflops={"float32": 1.0})
-    assert ceilings.times_beaten(1.0, 2.0**27, 1e9, "float32") == 1
-    assert ceilings.times_beaten(1.0, 2.0**28, 1e9, "float32") == 2.0**28 / 1e6
-
-
-@pytest.mark.parametrize("most", [2, 3, 6])
-def test_who_fails_while_timed_does_not_end_the_run(tmp_path, monkeypatch, most):
-    """Two calls are judged, one is measured by its memory, two are warming."""
-    right, calls = fastlm.cross_entropy, []
-
-    def failing(*args: torch.Tensor) -> torch.Tensor:
-        calls.append(args)
-        if len(calls) > most:
-            raise MemoryError("none is left")
-        return right(*args)
-
-    monkeypatch.setattr(fastlm, "cross_entropy", failing)
-    assert bench(tmp_path, *LOSS, "--mode", "fwd", "--only", "torch", "fastlm") == 1
-    rows = {row["provider"]: row for row in rows_of(tmp_path)}
-    assert rows["fastlm"]["failed"] == "MemoryError: none is left"
-    assert rows["torch"]["ms_p50"] > 0
-
-
-def altered(folder: Path, **env: object) -> None:
-    content = json.loads((folder / "rows.json").read_text())
-    content["env"].update(env)
-    (folder / "rows.json").write_text(json.dumps(content))
-
-
-def test_a_file_of_another_run_is_not_gone_on_with(tmp_path, capsys):
-    assert bench(tmp_path, *GATED, "--only", "torch") == 0
-    before = rows_of(tmp_path)
-    altered(tmp_path, git="0123abc", threads=99)
-    small = ("rms_norm", "--shapes", "N=16,C=32", "--mode", "fwd", "--only", "torch")
-    assert bench(tmp_path, *small) == 1
-    said = capsys.readouterr().err
-    assert re.search("is of another run: threads 99 there, .* git 0123abc there, ", said)
-    assert rows_of(tmp_path) == before
-    assert bench(tmp_path, *small, "--fresh") == 0
-    assert [row["op"] for row in rows_of(tmp_path)] == ["rms_norm"]
-    with zipfile.ZipFile(tmp_path / "rows.samples.zip") as archive:
-        (key,) = json.loads(archive.read("samples.json"))
-    assert "rms_norm" in key
-
-
-def test_rows_added_later_have_the_ceilings_of_their_own_run(tmp_path):
-    bench(tmp_path, *GATED, "--only", "torch")
-    old = {"gbps": 1.5, "tflops": {"float32": 0.5}}
-    altered(tmp_path, ceilings=old)
-    assert bench(tmp_path, *GATED, "--only", "torch", "fastlm") == 0
-    assert json.loads((tmp_path / "rows.json").read_text())["env"]["ceilings"] == old
-    first, second = rows_of(tmp_path)
-    assert "ceilings" not in first
-    assert second["ceilings"]["gbps"] != 1.5
-
-
-def test_a_file_that_holds_no_results_is_named(tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    for text in ("a,b\n1,2\n", "[]", "{}"):
-        path.write_text(text)
-        assert main(["bench", "--show", str(path)]) == 1
-        assert bench(tmp_path, *GATED, "--only", "torch") == 1
-        line = f"fastlm: bench: {path} holds no results of a benchmark\n"
-        assert capsys.readouterr().err == 2 * line
-        assert path.read_text() == text
-    shutil.copy(COMMITTED / "cross_entropy.json", tmp_path)
-    assert main(["bench", "--show", str(tmp_path)]) == 0
-    capsys.readouterr()
-    assert main(["bench", "--show", str(tmp_path / "none.json")]) == 1
-    assert "none.json cannot be read: No such file" in capsys.readouterr().err
-
-
-def test_kernels_of_ours_that_fail_fail_the_run_and_those_that_refuse_do_not(tmp_path, monkeypatch):
-    def faulty(*args: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    for function, code, word in (
-        (functools.partial(fastlm.swiglu, backend="gluon"), 0, "absent"), (faulty, 1, "failed"),
-    ):  # fmt: skip
-        monkeypatch.setattr(
-            "fastlm.benchmarks.pointwise.cuda_kernels", lambda *args, found=function: found
-        )
-        assert bench(tmp_path, *GATED, "--only", "torch", "cuda", "--fresh") == code
-        (row,) = rows_of(tmp_path, provider="cuda")
-        assert word in row
-        assert word == "failed" or "glu has no gluon backend" in row["absent"]
-
-
-def test_a_case_that_leaves_the_gpu_unusable_is_not_tried_again(tmp_path, monkeypatch):
-    right = _harness.run_case
-
-    def breaks(*args: object, **kwargs: object) -> Iterator[dict[str, Any]]:
-        yield next(right(*args, **kwargs))
-        raise RuntimeError("unspecified launch failure")
-
-    monkeypatch.setattr(_harness, "run_case", breaks)
-    with pytest.raises(RuntimeError, match="launch failure"):
-        bench(tmp_path, *GATED, "--only", "torch", "fastlm")
-    found = {row["provider"]: row.get("failed") for row in rows_of(tmp_path)}
-    assert found == {"torch": None, "fastlm": "ended the process"}
-
-
-def test_sizes_that_an_op_cannot_have_fail_in_its_rows(tmp_path):
-    words = ("apply_rotary", "--shapes", "D=7,T=8", "--mode", "fwd", "--only", "torch", "fastlm")
-    assert bench(tmp_path, *words) == 1
-    assert len(rows_of(tmp_path)) == 2
-    assert all(row["failed"] for row in rows_of(tmp_path))
 
 
 NO_CCE = "import sys; sys.modules['cut_cross_entropy'] = None"
