@@ -133,6 +133,7 @@ def other_numbers(inputs: Iterable[Tensor]) -> Iterator[None]:
 @contextlib.contextmanager
 def fresh_numbers(inputs: Iterable[Tensor], share: float) -> Iterator[None]:
     """Inside, floats are shifted along every dimension, round its end, by ``share`` of its size.
+
     Dimensions of one size are shifted alike, as the width of a layer and of what it takes.
     """
     floats = [x for x in inputs if x.is_floating_point()]

@@ -216,7 +216,7 @@ def test_cheats_are_marked_wrong_and_have_no_speed(tmp_path):
     for mode in ("fwd", "fwd_bwd"):
         assert "ms_p50" in rows["honest", mode]
         for kind in ("short", "zeros", "cached", "stale", "remembers", "two"):
-            assert "wrong" in rows[kind, mode], rows[kind, mode].items()
+            assert "wrong" in rows[kind, mode], rows[kind, mode]
     assert "ms_p50" in rows["skips", "fwd"]
     assert "output 1" in rows["skips", "fwd_bwd"]["wrong"]
     assert "does not require grad" in rows["detaches", "fwd_bwd"]["failed"]
