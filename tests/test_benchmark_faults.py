@@ -31,9 +31,9 @@ def rows_of(folder: Path, **wanted: str) -> list[dict]:
 
 
 def test_who_is_faster_than_the_machine_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "fastlm.benchmarks._harness.percentiles", lambda samples: (1e-9, 1e-9, max(samples))
-    )
+    monkeypatch.setattr("fastlm.benchmarks._harness.percentiles", lambda samples: [1e-9] * 3)
+    # no time on fresh numbers is too long for it
+    monkeypatch.setattr("fastlm.benchmarks._judge.COLD_MS", 1e9)
     assert bench(tmp_path, *LOSS, "--only", "torch", "fastlm") == 1
     assert all("as fast as the machine" in row["wrong"] for row in rows_of(tmp_path))
 
