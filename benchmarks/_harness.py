@@ -21,7 +21,17 @@ from ._judge import Outputs
 from ._memory import extra_peak_mib
 from ._options import OPS
 from ._providers import OURS, PROVIDERS, Make, Provider
-from ._timing import LONG, Ceilings, Prepare, interleaved, name_of, percentiles, speedups
+from ._timing import (
+    LONG,
+    Ceilings,
+    Prepare,
+    interleaved,
+    name_of,
+    percentiles,
+    require_answer,
+    speedups,
+    timed,
+)
 
 MODES = ("fwd", "fwd_bwd")
 
@@ -108,6 +118,8 @@ class Benchmark:
 
 
 REGISTRY: dict[str, Benchmark] = {}
+# What an op says whose backends do not take a call.
+_REFUSED = "no backend takes this call"
 
 
 def quick(problems: Sequence[Problem], fast: tuple[str, ...]) -> list[Problem]:
@@ -158,7 +170,12 @@ def run_case(
     provider.  ``samples`` has the milliseconds of every call.
     """
     common = problem.labels(bench.op, mode, dtype)
-    truth = case.truth(mode)
+    try:
+        truth = case.truth(mode)
+    except failures() as error:
+        yield from ({**common, "provider": name, **reason(error)} for name in wanted)
+        require_answer(device)
+        return
     plain: Outputs | None = None
     calls: dict[str, Prepare] = {}
     errors: dict[str, float] = {}
@@ -178,17 +195,16 @@ def run_case(
             prepare = functools.partial(prepared, provider, case.inputs_of(name), mode)
             outputs = prepare()()
             if name in OURS:
-                usual = plain or call_plain(case, mode)
+                rounded = plain or call_plain(case, mode)
                 multiples = _multiples(case, mode, len(truth))
-                _judge.judge_ours(f"{name} {mode}", outputs, usual, truth, multiples)
+                _judge.judge_ours(f"{name} {mode}", outputs, rounded, truth, multiples)
             else:
                 _judge.judge_other(f"{name} {mode}", outputs, truth)
             _judge.judge_changes(f"{name} {mode}", outputs, fingerprints[name])
-        except _failures() as error:
-            yield {**common, "provider": name, **_reason(error)}
-            if device == "cuda":
-                # raises where the failure has left the GPU unusable, and all after it would fail
-                torch.cuda.synchronize()
+        except failures() as error:
+            found = {"absent": refused} if (refused := _refusal(name, error)) else reason(error)
+            yield {**common, "provider": name, **found}
+            require_answer(device)
             continue
         if name == next(iter(case.providers)):
             plain = outputs
@@ -202,21 +218,37 @@ def run_case(
             call = functools.partial(yardstick, mode)
             call()
             calls[name] = functools.partial(_itself, call)
-    start = time.perf_counter()
-    peaks = {name: extra_peak_mib(prepare(), device) for name, prepare in calls.items()}
+    start, peaks = time.perf_counter(), {}
+    failed: dict[str, BaseException] = {}
+    for name, to_call in calls.items():
+        try:
+            peaks[name] = extra_peak_mib(to_call(), device)
+        except failures() as error:
+            failed[name] = error
+            require_answer(device)
     is_long = time.perf_counter() - start > LONG * len(calls)
-    times = interleaved(calls, device, seconds, is_long=is_long)
+    left = {name: calls[name] for name in peaks}
+    times, fallen = interleaved(left, device, seconds, is_long=is_long, failures=failures())
+    for name, why in {**failed, **fallen}.items():
+        yield {**common, "provider": name, **reason(why)}
     baseline = baseline or next(iter(case.providers))
     gains = speedups(times, baseline) if baseline in times else {}
+    shares = _judge.fresh_shares()
+    usual = _yardstick_on_fresh_numbers(case, mode, shares[0]) if errors else None
+    moved, flops = case.bytes_moved[mode], case.flops[mode]
     for name, samples in times.items():
+        p20, p50, p80 = percentiles(samples)
+        what = f"{name} {mode}"
         try:
             if name in others:
-                _judge.judge_again(f"{name} {mode}", others[name](), fingerprints[name])
-        except _failures() as error:
-            yield {**common, "provider": name, **_reason(error)}
+                _judge.judge_again(what, others[name](), fingerprints[name])
+                _judge_on_fresh_numbers(what, case, name, mode, device, p50, shares, usual)
+            beaten = ceilings.times_beaten(p50, moved, flops, common["dtype"])
+            _judge.judge_rate(what, beaten)
+        except failures() as error:
+            yield {**common, "provider": name, **reason(error)}
+            require_answer(device)
             continue
-        p20, p50, p80 = percentiles(samples)
-        moved, flops = case.bytes_moved[mode], case.flops[mode]
         yield {
             **common,
             "provider": name,
@@ -245,6 +277,45 @@ def call_plain(case: Case, mode: str) -> Outputs:
 def _on_other_numbers(case: Case, name: str, provider: Callable[..., Any], mode: str) -> Outputs:
     with _judge.other_numbers(case.inputs):
         return prepared(provider, case.inputs_of(name), mode, upstream=-2.0)()
+
+
+def _yardstick_on_fresh_numbers(case: Case, mode: str, share: float) -> list[Tensor] | None:
+    """None where it cannot run, as without the memory."""
+    try:
+        with _judge.fresh_numbers(case.inputs, share):
+            return _judge.fingerprint(call_plain(case, mode))
+    except failures():
+        return None
+
+
+def _judge_on_fresh_numbers(
+    what: str, case: Case, name: str, mode: str, device: str, usual_ms: float,
+    shares: list[float], yardstick: list[Tensor] | None,
+) -> None:  # fmt: skip
+    """By the result of a first call, and by the time of the first that is not slower than it may.
+
+    Raises:
+        Wrong: It is another result than ``yardstick``, or all calls are slower than ``usual_ms``.
+    """
+    provider = case.provider(name)
+    assert not isinstance(provider, str), "it was timed"
+    least = float("inf")
+    for share in shares:
+        with _judge.fresh_numbers(case.inputs, share):
+            call = prepared(provider, case.inputs_of(name), mode)
+            outputs, ms = _outputs_and_ms(call, device)
+        if share == shares[0] and yardstick is not None:
+            _judge.judge_fresh(what, outputs, yardstick)
+        least = min(least, ms)
+        if not _judge.is_slower(least, usual_ms):
+            return
+    _judge.judge_fresh_time(what, least, usual_ms)
+
+
+def _outputs_and_ms(call: Callable[[], Outputs], device: str) -> tuple[Outputs, float]:
+    results: list[Outputs] = []
+    seconds = timed(lambda: results.append(call()), device)
+    return results[0], 1e3 * seconds
 
 
 def prepared(
@@ -317,12 +388,12 @@ def slowest_kernel(call: Callable[[], Outputs]) -> str:
 
 
 @functools.cache
-def _failures() -> tuple[type[BaseException], ...]:
+def failures() -> tuple[type[BaseException], ...]:
     """What a provider may raise without ending the run: refusals, wrong results, no memory, and
     what other people's code raises where it was not made for these inputs or this torch."""
     kinds: tuple[type[BaseException], ...] = (
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
-        RuntimeError, TypeError, ValueError,
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+        MemoryError, OSError, RuntimeError, TypeError, ValueError,
     )  # fmt: skip
     try:
         from triton.errors import TritonError
@@ -331,7 +402,17 @@ def _failures() -> tuple[type[BaseException], ...]:
     return (*kinds, TritonError)
 
 
-def _reason(error: BaseException) -> dict[str, str]:
+def _refusal(name: str, error: BaseException) -> str:
+    """Why kernels of ours do not take a call; empty for others, and where it is no refusal.
+
+    ``fastlm`` chooses among all of them, so that nothing is left where it refuses.
+    """
+    if name not in OURS or name == "fastlm" or not isinstance(error, NotImplementedError):
+        return ""
+    return " ".join(str(error).split())[:300] if _REFUSED in str(error) else ""
+
+
+def reason(error: BaseException) -> dict[str, str]:
     """``wrong`` where it was judged, ``failed`` with the first line where it did not get there."""
     if isinstance(error, _judge.Wrong):
         return {"wrong": str(error).splitlines()[0][:300]}

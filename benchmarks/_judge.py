@@ -3,13 +3,16 @@
 Our own results must hold the tolerance rule of ``fastlm.ops._tolerance``.  Others may round as they
 see fit: wrong is who is off by more than a thirty-second, of the largest true value or in the mean
 square.  Before the result that is judged, each provider has computed another, from other numbers in
-the same memory.  The two must differ, and after it was timed it must compute that other one again:
-who returns what was kept from another call is wrong at one of these.
+the same memory.  The two must differ, and after it was timed it must compute that other one again.
+Last it gets numbers that it has never seen: its result must be that of the yardstick, and must not
+take several times as long as on those that it was timed on.  Who returns what was kept from another
+call is wrong at one of these, unless what it saves is less than that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -29,6 +32,14 @@ ALLOWED = 2.0**-5
 # Elements compared at once, 1 GB in float64: results may be as large as the memory is.
 _COMPARED_AT_ONCE = 1 << 27
 _FINGERPRINT = 4096
+_UNFORESEEN = random.Random()
+# A call on numbers never seen may take this many times what others took, and these milliseconds
+# for cold caches.  It is slower when so many calls in a row are, each on other numbers.
+FRESH_CALLS = 4
+SLOWER, COLD_MS = 4.0, 0.1
+# Times the measured ceilings that nobody reaches: products in TF32 are 8 times as fast as those in
+# float32, and other work on the machine may have slowed what the ceilings are.
+IMPOSSIBLE = 10.0
 
 
 def judge_ours(
@@ -119,6 +130,32 @@ def other_numbers(inputs: Iterable[Tensor]) -> Iterator[None]:
         _scale(floats, -0.5)
 
 
+@contextlib.contextmanager
+def fresh_numbers(inputs: Iterable[Tensor], share: float) -> Iterator[None]:
+    """Inside, floats are shifted along every dimension, round its end, by ``share`` of its size.
+
+    Dimensions of one size are shifted alike, as the width of a layer and of what it takes.
+    """
+    floats = [x for x in inputs if x.is_floating_point()]
+    _shift(floats, share, 1)
+    try:
+        yield
+    finally:
+        _shift(floats, share, -1)
+
+
+@torch.no_grad()
+def _shift(tensors: Iterable[Tensor], share: float, sign: int) -> None:
+    for x in tensors:
+        shifts = [sign * int(share * size) for size in x.shape]
+        x.copy_(x.roll(shifts, tuple(range(x.dim()))))
+
+
+def fresh_shares() -> list[float]:
+    """For ``fresh_numbers``, others each time that nobody can foresee."""
+    return [_UNFORESEEN.uniform(0.1, 0.9) for _ in range(FRESH_CALLS)]
+
+
 @torch.no_grad()
 def _scale(tensors: Iterable[Tensor], factor: float) -> None:
     for x in tensors:
@@ -156,3 +193,39 @@ def judge_again(what: str, outputs: Outputs, before: list[Tensor]) -> None:
             f"{what}, output {position}: after it was timed it returns something else, which may "
             f"be the result of another call: difference {error:.3g}, largest value {size:.3g}",
         )
+
+
+def judge_fresh(what: str, outputs: Outputs, yardstick: list[Tensor]) -> None:
+    """``yardstick`` is the fingerprint of its result for the same numbers, never seen before.
+
+    Raises:
+        Wrong: They are further apart than two who are not wrong.
+    """
+    for position, (now, usual) in enumerate(zip(fingerprint(outputs), yardstick, strict=True)):
+        error, size = (now - usual).abs().max().item(), usual.abs().max().item()
+        _require(
+            error <= 2 * ALLOWED * size,
+            f"{what}, output {position}: of numbers never seen before the result is off by "
+            f"{error:.3g}, where the largest value is {size:.3g}",
+        )
+
+
+def is_slower(ms: float, usual_ms: float) -> bool:
+    """Whether a call on numbers never seen took longer than it may."""
+    return ms > SLOWER * usual_ms + COLD_MS
+
+
+def judge_fresh_time(what: str, ms: float, usual_ms: float) -> None:
+    """Raises Wrong where who took ``usual_ms`` is slower on numbers never seen."""
+    _require(
+        not is_slower(ms, usual_ms),
+        f"{what}: {ms:.3g} ms on numbers never seen before and {usual_ms:.3g} ms on others, which "
+        "may be results kept",
+    )
+
+
+def judge_rate(what: str, fraction: float) -> None:
+    """Raises Wrong where a call was faster than the machine, ``fraction`` times its ceilings."""
+    _require(
+        fraction <= IMPOSSIBLE, f"{what}: {fraction:.3g} times as fast as the machine was measured"
+    )

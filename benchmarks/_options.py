@@ -70,7 +70,7 @@ def parse(argv: Sequence[str], prog: str = "fastlm bench") -> argparse.Namespace
     add("--plot", type=Path, metavar="DIR", help="pictures and report.html")
     add("--show", type=Path, metavar="PATH", help="time nothing: tables of a file, or of a folder")
     add("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
-    add("--fresh", action="store_true", help="run every case anew, whatever --json holds")
+    add("--fresh", action="store_true", help="run all anew; what --json has of another run is lost")
     options, unknown = parser.parse_known_args(list(argv))
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
@@ -84,7 +84,9 @@ def parse(argv: Sequence[str], prog: str = "fastlm bench") -> argparse.Namespace
     try:
         options.shapes = [_shape(word) for word in options.shapes]
     except ValueError:
-        parser.error(f"--shapes must be like N=1024,V=32000, got {' '.join(options.shapes)}")
+        parser.error(
+            f"--shapes must be like N=1024,V=32000, each 1 at least, got {' '.join(options.shapes)}"
+        )
     return options
 
 
@@ -95,4 +97,7 @@ def _words(given: Sequence[str]) -> list[str]:
 
 def _shape(word: str) -> dict[str, int]:
     pairs = (part.split("=") for part in word.split(","))
-    return {name: int(value) for name, value in pairs}
+    found = {name: int(value) for name, value in pairs}
+    if min(found.values()) < 1:
+        raise ValueError("a size is 1 at least")
+    return found

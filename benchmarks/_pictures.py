@@ -147,11 +147,12 @@ def _against(rows: list[Row], op: str, value: str) -> Figure | None:
 
 def _roofline(rows: list[Row], env: Row) -> Figure | None:
     """Rate over arithmetic intensity, below what copies and matrix products reached in the run."""
-    rows = [row for row in rows if row["gbps"] > 0 and row["dtype"] in env["ceilings"]["tflops"]]
+    rows = [{"ceilings": env["ceilings"], **row} for row in rows if row["gbps"] > 0]
+    rows = [row for row in rows if row["dtype"] in row["ceilings"]["tflops"]]
     if not rows:
         return None
-    dtype, bandwidth = rows[0]["dtype"], env["ceilings"]["gbps"]
-    peak = 1e3 * env["ceilings"]["tflops"][dtype]
+    dtype, ceilings = rows[0]["dtype"], rows[0]["ceilings"]
+    bandwidth, peak = ceilings["gbps"], 1e3 * ceilings["tflops"][dtype]
     rows = [row for row in rows if row["dtype"] == dtype]
     figure, (axes,) = _panels(1, width=5.0)
     palette = colors(dict.fromkeys(row["provider"] for row in rows))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import fastlm
+from fastlm._errors import UserError
 
 from ._providers import PACKAGES
 from ._timing import Ceilings
@@ -27,7 +28,10 @@ _REASON = 160
 
 
 def environment(device: str, ceilings: Ceilings) -> dict[str, Any]:
-    """What a reader needs to judge a number: machine, versions, commit, date, ceilings."""
+    """What a reader needs to judge a number: machine, versions, commit, date, ceilings.
+
+    Rows that were added to a file later have the ceilings of their own run.
+    """
     return {
         "device": device_name(device),
         "driver": _driver() if device == "cuda" else None,
@@ -69,15 +73,30 @@ def save(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     os.replace(part, path)
 
 
-def load(path: Path, env: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that an earlier run left, if it was of this commit on this machine."""
-    if not path.exists():
-        return []
-    content = json.loads(path.read_text())
-    same = all(
-        content["env"].get(key) == env[key] for key in ("device", "torch", "triton", "peers", "git")
-    )
-    return content["rows"] if same else []
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """``env`` and ``rows`` of a result file.
+
+    Raises:
+        UserError: It is none, or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return content["env"], content["rows"]
+    except OSError as error:
+        raise UserError(f"bench: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"bench: {path} holds no results of a benchmark") from None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two environments differ whose rows cannot stand in one file."""
+    there, here = ({**env.get("peers", {}), **env} for env in (before, now))
+    names = ("device", "driver", "cuda", "threads", "torch", "triton", *now["peers"], "git")
+    return [
+        f"{name} {there.get(name)} there, {here[name]} here"
+        for name in names
+        if there.get(name) != here[name]
+    ]
 
 
 HEADER = (

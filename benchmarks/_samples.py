@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -12,12 +13,13 @@ def path_of(results: Path) -> Path:
     return results.with_suffix(".samples.zip")
 
 
-def add(results: Path, samples: dict[str, list[float]]) -> None:
-    """Add or replace; the key of a row is what tells it from others, as JSON."""
+def add(results: Path, samples: dict[str, list[float]], rows: Collection[str]) -> None:
+    """Add or replace, and drop those of no row; its key tells it from others, as JSON."""
     if not samples:
         return
     path = path_of(results)
     everything = {**read(results), **samples}
+    everything = {key: times for key, times in everything.items() if key in rows}
     part = path.with_suffix(".part")
     with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("samples.json", json.dumps(everything, indent=0))

@@ -12,8 +12,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +45,30 @@ Row = dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; or 1 when a result of fastlm was wrong, a case could not run, or too few others ran.
+    """0; or 1 when one of ours failed or was wrong, a case could not run, or too few others ran.
 
     Raises:
         ArgumentError: Flags that do not fit together, or this machine.
-        UserError: ``--show`` finds nothing.
+        UserError: ``--show`` finds nothing, or ``--json`` names a file of another run.
     """
     if options.show:
         return _show(options)
     device = _device(options)
     dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
     work = _work(options, device)
-    ceilings = measure_ceilings(device, [dtype])
-    env = _report.environment(device, ceilings)
     path = options.json or Path("runs/bench") / f"{options.suite}.json"
     # what nobody named may be of another run, and is not gone on with
-    rows = _report.load(path, env) if options.json else []
+    before = _report.read(path) if options.json and path.exists() else None
+    ceilings = measure_ceilings(device, [dtype])
+    env = _report.environment(device, ceilings)
+    heading = _report.heading(env)
     models = _models(options)
-    if options.fresh:
-        rows = [row for row in rows if row["op"] not in (*work, *models)]
+    rows: list[Row] = []
+    if before:
+        env, rows = _gone_on_with(before, env, options, (*work, *models))
     done = {_key(row) for row in rows}
     cases = sum(len(problems) for problems in work.values())
-    with _ended_in_order(), Console(_report.heading(env), cases) as console:
+    with _ended_in_order(), Console(heading, cases) as console:
         running = _Run(options, device, dtype, ceilings, env, path, rows, done, console)
         finished = [running.op(op, problems) for op, problems in work.items()]
     for model in models:
@@ -77,6 +79,28 @@ def run(options: argparse.Namespace) -> int:
     print(f"written  {path}")
     asked = [row for row in rows if row["op"] in (*work, *models)]
     return 0 if all(finished) and _healthy(asked) and _enough(options, asked) else 1
+
+
+def _gone_on_with(
+    content: tuple[Row, list[Row]], env: Row, options: argparse.Namespace, asked: Iterable[str]
+) -> tuple[Row, list[Row]]:
+    """``env`` and rows that this run adds to: of the file, if it has rows to keep.
+
+    Raises:
+        UserError: The file is of another machine, commit or version.
+    """
+    before, rows = content
+    different = _report.differences(before, env) if rows else []
+    if different and not options.fresh:
+        raise UserError(
+            f"bench: {options.json} is of another run: {'; '.join(different)}; name another "
+            "file, or give --fresh to lose what it holds"
+        )
+    if different:
+        rows = []
+    if options.fresh:
+        rows = [row for row in rows if row["op"] not in asked]
+    return (before, rows) if rows else (env, [])
 
 
 class _Run:
@@ -117,14 +141,24 @@ class _Run:
             # Stays in the file when the process dies here, and names the case that did it.
             died = [{**stub, "failed": DIED} for stub in missing]
             _report.save(self._path, self._env, self._rows + died)
-            self._case(bench, problem, missing)
+            self._case(bench, problem, missing, died)
         self._console.step()
         return True
 
-    def _case(self, bench: Benchmark, problem: Problem, missing: list[Row]) -> None:
+    def _case(
+        self, bench: Benchmark, problem: Problem, missing: list[Row], died: list[Row]
+    ) -> None:
         options, device = self._options, self._device
         torch.manual_seed(0)
-        case = bench.build(problem, self._dtype, device)
+        try:
+            case = bench.build(problem, self._dtype, device)
+        except _harness.failures() as error:
+            failed = [{**stub, **_harness.reason(error)} for stub in missing]
+            for row in failed:
+                self._console.row(row)
+            self._rows += failed
+            _report.save(self._path, self._env, self._rows)
+            return
         assert {*case.providers, *case.yardsticks} == set(bench.providers), bench.op
         new: list[Row] = []
         samples: dict[str, list[float]] = {}
@@ -135,6 +169,8 @@ class _Run:
                     bench, case, problem, mode, self._dtype, device, self._ceilings, wanted=wanted,
                     seconds=SECONDS[options.suite], baseline=options.baseline,
                 ):  # fmt: skip
+                    if "ms_p50" in row and self._env["ceilings"] != asdict(self._ceilings):
+                        row["ceilings"] = asdict(self._ceilings)
                     if "samples" in row:
                         samples[_key(row)] = row.pop("samples")
                     new.append(row)
@@ -143,12 +179,13 @@ class _Run:
                 new = []
         except RuntimeError:
             # the GPU answers no more: the case that did it is not tried again
-            self._rows += new
+            there = {_key(row) for row in (*self._rows, *new)}
+            self._rows += [*new, *(row for row in died if _key(row) not in there)]
             raise
         finally:
             # after SIGTERM without the unfinished case, which the next call runs
             _report.save(self._path, self._env, self._rows)
-            _samples.add(self._path, samples)
+            _samples.add(self._path, samples, {_key(row) for row in self._rows})
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         del case
@@ -189,6 +226,10 @@ def _work(options: argparse.Namespace, device: str) -> dict[str, list[Problem]]:
         if problems:
             found[op] = problems
     known = {name: None for op in asked for name in registered(op).providers}
+    if options.only and options.baseline and options.baseline not in options.only:
+        raise ArgumentError(
+            f"bench: --baseline {options.baseline} must be one of --only: {', '.join(options.only)}"
+        )
     for name in (*options.only, *([options.baseline] if options.baseline else [])):
         if asked and name not in known:
             raise ArgumentError(f"bench: there is no provider {name!r} here: {', '.join(known)}")
@@ -258,11 +299,9 @@ def _absent(model: str, mode: str, provider: str, why: str) -> Row:
 
 
 def _healthy(rows: list[Row]) -> bool:
-    """Whether fastlm ran, nothing of ours was wrong, and nobody ended the process."""
+    """Whether nothing of ours failed or was wrong, and nobody ended the process."""
     return not any(
-        row.get("failed") == DIED
-        or (row["provider"] in OURS and "wrong" in row)
-        or (row["provider"] == "fastlm" and "failed" in row)
+        row.get("failed") == DIED or (row["provider"] in OURS and row.keys() & {"failed", "wrong"})
         for row in rows
     )
 
@@ -282,23 +321,26 @@ def _enough(options: argparse.Namespace, rows: list[Row]) -> bool:
 def _show(options: argparse.Namespace) -> int:
     """Files of ops as tables; of whole models only in pictures."""
     folder = options.show
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
-    found = [(path, json.loads(path.read_text())) for path in paths]
-    found = [(path, content) for path, content in found if content.get("rows")]
+    read: list[tuple[Path, Row, list[Row]]] = []
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else [folder]:
+        # beside results a folder may hold other things
+        with contextlib.suppress(UserError) if folder.is_dir() else contextlib.nullcontext():
+            read.append((path, *_report.read(path)))
+    found = [(path, env, rows) for path, env, rows in read if rows]
     if not found:
         raise UserError(f"bench: no results in {folder}")
-    for path, content in found:
-        rows = [row for row in content["rows"] if row["op"] in OPS]
+    for path, env, everything in found:
+        rows = [row for row in everything if row["op"] in OPS]
         if rows:
             print(f"\n{path.stem}")
-            with Console(_report.heading(content["env"]), 0) as console:
+            with Console(_report.heading(env), 0) as console:
                 for op in dict.fromkeys(row["op"] for row in rows):
                     console.begin(op)
                     for row in rows:
                         if row["op"] == op:
                             console.row(row)
                     console.end()
-    _write(options, {path.stem: (content["env"], content["rows"]) for path, content in found})
+    _write(options, {path.stem: (env, rows) for path, env, rows in found})
     return 0
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 # What has to be done before a call is timed; returns the call.
 Prepare = Callable[[], Callable[[], object]]
 
+# No cache keeps this many bytes from one call to the next.
+_BEYOND_CACHES = 1 << 28
+
 # Calls that take this many seconds on average need no more warming, and few rounds.
 LONG = 2.0
 
@@ -29,6 +32,11 @@ class Ceilings:
     def floor_ms(self, bytes_moved: float, flops: float, dtype: str) -> float:
         """Neither the bytes nor the arithmetic can take less."""
         return max(bytes_moved / self.gbps / 1e6, flops / self.tflops[dtype] / 1e9)
+
+    def times_beaten(self, ms: float, bytes_moved: float, flops: float, dtype: str) -> float:
+        """How many times faster a call of ``ms`` was; bytes count where no cache can keep them."""
+        beyond = bytes_moved if bytes_moved >= _BEYOND_CACHES else 0.0
+        return self.floor_ms(beyond, flops, dtype) / ms
 
 
 def measure_ceilings(device: str, dtypes: Iterable[torch.dtype]) -> Ceilings:
@@ -74,26 +82,48 @@ def _flush_buffer() -> Tensor:
     return torch.empty(1 << 28, dtype=torch.int8, device="cuda")
 
 
+def require_answer(device: str) -> None:
+    """Raises where a failure has left the GPU unusable, and all after it would fail."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def interleaved(
-    calls: dict[str, Prepare], device: str, seconds: float, *, is_long: bool
-) -> dict[str, list[float]]:
+    calls: dict[str, Prepare], device: str, seconds: float, *, is_long: bool,
+    failures: tuple[type[BaseException], ...],
+) -> tuple[dict[str, list[float]], dict[str, BaseException]]:  # fmt: skip
     """Milliseconds per call, round by round, so that drift falls on all alike.
 
     Each round in another order: what a call leaves in caches and heap is the next one's to pay.
+    Who raises one of ``failures`` is not called again, and has the error instead of times.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for prepare in () if is_long else calls.values():
+    failed: dict[str, BaseException] = {}
+
+    def one(name: str) -> None:
+        try:
+            times[name].append(1e3 * timed(calls[name](), device))
+        except failures as error:
+            failed[name] = error
+            del times[name]
+            require_answer(device)
+
+    for name in () if is_long else calls:
         for _ in range(2):
-            timed(prepare(), device)
+            if name in times:
+                one(name)
+    for samples in times.values():
+        samples.clear()  # those of warming
     least = 3 if is_long else 5
-    order, shuffle = list(calls), random.Random(0).shuffle
+    order, shuffle = list(times), random.Random(0).shuffle
     start, rounds = time.perf_counter(), 0
-    while calls and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
+    while times and (rounds < least or (time.perf_counter() - start < seconds and rounds < 200)):
         shuffle(order)
         for name in order:
-            times[name].append(1e3 * timed(calls[name](), device))
+            if name in times:
+                one(name)
         rounds += 1
-    return times
+    return times, failed
 
 
 def speedups(times: dict[str, list[float]], baseline: str) -> dict[str, float]:
