@@ -247,6 +247,7 @@ def test_the_linear_loss_is_measured_beside_its_products_and_names_who_is_absent
 NO_FLASH = "import sys; sys.modules['flash_attn'] = None"
 
 
+@pytest.mark.slow
 def test_attention_is_measured_with_every_option_and_names_who_cannot(tmp_path):
     providers = ["--only", "sdpa.mask", "sdpa.cudnn", "varlen", "flash-attn", "torch", "fastlm"]
     ops = ["--op", "attention", "attention_options"]
