@@ -15,7 +15,7 @@ PACKAGES = $(shell .venv/bin/python -c 'import sysconfig; print(sysconfig.get_pa
 
 help:
 	@echo "make demo        train a small model on real text, sample from it, plot its next token"
-	@echo "make test        the tests, about 18 minutes on 2 cores"
+	@echo "make test        the tests, about 19 minutes on 2 cores"
 	@echo "make test-all    the long ones too: fuzzing, mutations, every GPU architecture"
 	@echo "make test-cuda   all of csrc/: compiled for every GPU, and run on a CPU under sanitizers"
 	@echo "make test-floor  import and compile every kernel with the oldest Triton we support"
